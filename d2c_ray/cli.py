@@ -1,0 +1,113 @@
+"""The command line: parse, call, print. Imports nothing heavy before a command runs."""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from d2c_ray.errors import UserError
+
+app = typer.Typer(
+    name="d2c", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Diffusion Dataset Condensation on Ray: choose the few percent of a dataset that train a diffusion transformer, attach
+what helps it learn, train it, and say honestly what that bought.
+
+[bold]Example:[/bold] d2c run configs/quickstart.yaml""",
+)  # fmt: skip
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of what differs from the defaults; see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes on top of the file, for example select.budget=500.")]
+
+STAGES = {
+    "manifest": ("List every image of the source with its label and where its bytes are.", "d2c manifest configs/cifar10.yaml data.path=/data/cifar10"),
+    "teacher": ("Train (or check) the model that judges how hard each image is.", "d2c teacher configs/quickstart.yaml teacher.train.num_images=64000"),
+    "score": ("Score every image's difficulty, and say how stable the ranks are.", "d2c score configs/quickstart.yaml score.num_timesteps=32"),
+    "select": ("Choose the images of the subset.", "d2c select configs/quickstart.yaml select.budget=0.1 select.f=0.7"),
+    "attach": ("Make the condensed dataset: text states, vision tokens and latents of the chosen images.", "d2c attach configs/quickstart.yaml"),
+    "train": ("Train the students on their condensed datasets.", "d2c train configs/quickstart.yaml train.align_weight=0.5"),
+    "sample": ("Generate images with the trained students.", "d2c sample configs/quickstart.yaml sample.guidance=2"),
+    "evaluate": ("Measure the images, beside the floor and what real images score.", "d2c evaluate configs/quickstart.yaml"),
+    "report": ("Run whatever is missing and write report.html.", "d2c report configs/quickstart.yaml"),
+}
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    def command(config: ConfigPath, overrides: Overrides = None) -> None:
+        _run(config, overrides, stage)
+
+    summary, example = STAGES[stage]
+    command.__doc__ = f"{summary}\n\nRuns what it needs first and is not there yet.\n\n[bold]Example:[/bold] {example}"
+    return command
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run the whole pipeline, from the images to the report; the same command again goes on where it stopped.
+
+    [bold]Example:[/bold] d2c run configs/quickstart.yaml select.budget=500
+    """
+    _run(config, overrides, "report")
+
+
+for _stage in STAGES:
+    app.command(_stage)(_stage_command(_stage))
+
+
+@app.command()
+def config(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the whole configuration as it would run, defaults included.
+
+    [bold]Example:[/bold] d2c config configs/cifar10.yaml train.lr=2e-4
+    """
+    from d2c_ray.config import load, to_yaml
+
+    print(to_yaml(load(config, overrides or [])), end="")
+
+
+def _run(path: str, overrides: list[str] | None, upto: str) -> None:
+    from d2c_ray.config import load
+
+    config = load(path, overrides or [])
+    from d2c_ray import pipeline
+
+    plan = pipeline.run(config, upto, say=lambda text: print(f"d2c: {text}", file=sys.stderr, flush=True))
+    if upto == "report":
+        from d2c_ray.report.summary import print_summary
+
+        print_summary(plan)
+    else:
+        for node in plan.of(upto):
+            success = node.dir.success()
+            print(f"{upto} ({', '.join(node.arms)}): {node.folder}  {success['rows_done']} rows, {success['rows_rejected']} rejected, {success['seconds']} s")
+            if upto == "select":
+                from d2c_ray.report.summary import print_selection
+
+                print_selection(node)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `d2c`: exit status 0, or 2 for what the user can mend, 130 when interrupted."""
+    try:
+        app(argv, standalone_mode=True)
+    except UserError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        print("d2c: interrupted; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        from d2c_ray.pipeline import unwrap
+
+        found: Any = unwrap(error)
+        if found is None:
+            raise
+        _fail(found)
+
+
+def _fail(error: UserError) -> None:
+    print(f"d2c: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

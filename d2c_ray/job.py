@@ -1,0 +1,51 @@
+"""What a stage gets to work with, and what it gives back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2c_ray.config import Config
+from d2c_ray.progress import Progress
+from d2c_ray.rundir import StageDir
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage's work.
+
+    Attributes:
+        inputs: the finished folders of the stages it reads.
+        out: its own folder; what an interrupted attempt left there is still there.
+        fingerprint: its hash.
+        title: what to call it in progress lines.
+        side_by_side: how many stages share the cluster with it, itself included.
+    """
+
+    config: Config
+    inputs: dict[str, StageDir]
+    out: Path
+    fingerprint: str
+    title: str
+    side_by_side: int = 1
+    seconds_before: float = 0.0
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """The facts an input's stage recorded."""
+        return self.inputs[stage].success()["facts"]
+
+    def progress(self, total: int, unit: str = "images", done: int = 0, title: str = "") -> Progress:
+        return Progress(title or self.title, total, unit, self.out, done, self.seconds_before, self.config.resources.progress_interval_sec)
+
+
+@dataclass(frozen=True)
+class Result:
+    """`rows_in = rows_done + rows_rejected`, or the stage has failed; `facts` are for later stages and the report."""
+
+    rows_in: int
+    rows_done: int
+    rows_rejected: int
+    facts: dict[str, Any]
+
+
+Stage = Callable[[Job], Result]

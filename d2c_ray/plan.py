@@ -1,0 +1,236 @@
+"""What a run consists of: its stages for every arm, where each leaves its output, and what is there already.
+
+A stage's folder is named by a hash of the configuration that can change its result and of its inputs' hashes. Knobs of
+`resources`, logging and checkpoint intervals are left out: they cannot.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from d2c_ray.config import Config, arm_configs, to_dict
+from d2c_ray.data import manifest
+from d2c_ray.errors import UserError
+from d2c_ray.models import frozen, latents, weights
+from d2c_ray.rundir import StageDir
+
+# In the order they run. Raise a stage's number when the same configuration starts to give another result.
+VERSIONS = {"manifest": 1, "teacher": 1, "score": 1, "select": 1, "attach": 1, "train": 1, "sample": 1, "reference": 1, "evaluate": 1}
+FOLDERS = {"score": "scores", "select": "selection", "attach": "condensed", "sample": "samples", "evaluate": "eval"}
+TRAIN_KNOBS = ("log_every", "checkpoint_every", "keep_checkpoints")
+
+
+@dataclass
+class Node:
+    """One stage with one configuration; arms that agree on it share it."""
+
+    stage: str
+    config: Config
+    inputs: dict[str, "Node"]
+    hash: str
+    folder: Path
+    arms: list[str] = field(default_factory=list)
+
+    @property
+    def dir(self) -> StageDir:
+        return StageDir(self.folder)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+@dataclass
+class Plan:
+    """All nodes of a run in the order of the stages, and each arm's own by stage."""
+
+    config: Config
+    folder: Path
+    nodes: list[Node]
+    arms: dict[str, dict[str, Node]]
+
+    def of(self, stage: str) -> list[Node]:
+        return [node for node in self.nodes if node.stage == stage]
+
+    def to_json(self) -> dict[str, Any]:
+        """plan.json: what will run, what is there, and which arm uses what."""
+        return {
+            "nodes": [
+                {"stage": node.stage, "folder": node.name, "arms": node.arms, "inputs": [given.name for given in node.inputs.values()], "done": node.dir.done}
+                for node in self.nodes
+            ],
+            "arms": {arm: {stage: node.name for stage, node in nodes.items()} for arm, nodes in self.arms.items()},
+        }
+
+
+def make(config: Config) -> Plan:
+    """Plans a run, reading no image and starting nothing.
+
+    Raises:
+        UserError: a source, a checkpoint or weights that are not there, shapes that do not fit.
+    """
+    source = manifest.fingerprint(manifest.find(config.data), config.data)
+    folder = Path(config.run.dir).expanduser().absolute() / config.run.name
+    nodes: dict[str, Node] = {}
+    arms: dict[str, dict[str, Node]] = {}
+    for arm, own in arm_configs(config).items():
+        mine: dict[str, Node] = {}
+        for stage, (inputs, hashed) in STAGES.items():
+            given = {name: mine[name] for name in inputs}
+            facts = {"stage": stage, "version": VERSIONS[stage], "inputs": {name: node.hash for name, node in given.items()}, "config": hashed(own)}
+            if stage == "manifest":
+                facts["source"] = source
+            digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+            name = f"{FOLDERS.get(stage, stage)}-{digest}"
+            node = nodes.setdefault(name, Node(stage, own, given, digest, folder / name))
+            node.arms.append(arm)
+            mine[stage] = node
+        arms[arm] = mine
+    order = list(STAGES)
+    return Plan(config, folder, sorted(nodes.values(), key=lambda node: order.index(node.stage)), arms)
+
+
+def _pick(section: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(section, name) for name in names}
+
+
+def _without(section: Any, *names: str) -> dict[str, Any]:
+    return {name: value for name, value in to_dict(section).items() if name not in names}
+
+
+def _image(config: Config) -> dict[str, Any]:
+    return _pick(config.data, "image_column", "image_size", "channels", "max_pixels")
+
+
+def _latent(config: Config) -> dict[str, Any]:
+    return {**_image(config), "latent": latents.latent_facts(config), **_pick(config.vae, "precision", "device_batch")}
+
+
+def _manifest(config: Config) -> dict[str, Any]:
+    return _pick(config.data, "source", "image_column", "label_column", "limit_per_class", "rows_per_shard")
+
+
+def _teacher(config: Config) -> dict[str, Any]:
+    if config.teacher.checkpoint:
+        return {"checkpoint": weights.content_hash(checked_checkpoint(config))}
+    return {**_latent(config), "flip": config.data.flip, "model": to_dict(config.teacher.model), "train": _without(config.teacher.train, *TRAIN_KNOBS)}
+
+
+def _score(config: Config) -> dict[str, Any]:
+    return {**_latent(config), "score": to_dict(config.score)}
+
+
+def _select(config: Config) -> dict[str, Any]:
+    return to_dict(config.select)
+
+
+def _attach(config: Config) -> dict[str, Any]:
+    text, vision = config.attach.text, config.attach.vision
+    return {
+        **_latent(config),
+        "flip": config.data.flip,
+        "grid": latents.grid_side(latents.latent_facts(config), config.model),
+        "rows_per_part": config.attach.rows_per_part,
+        "text": {**to_dict(text), "weights": frozen.file_hash(frozen.weights_file(text.encoder))} if text.encoder != "none" else None,
+        "vision": {**to_dict(vision), "weights": frozen.file_hash(frozen.weights_file(vision.encoder))} if vision.encoder != "none" else None,
+    }
+
+
+def _train(config: Config) -> dict[str, Any]:
+    return {"model": to_dict(config.model), "train": _without(config.train, *TRAIN_KNOBS)}
+
+
+def _sample(config: Config) -> dict[str, Any]:
+    return to_dict(config.sample)
+
+
+def _reference(config: Config) -> dict[str, Any]:
+    network = {"weights": frozen.file_hash(frozen.weights_file(config.evaluate.network)), **_without(config.evaluate, "neighbours")}
+    return {**_image(config), **network, "held_out": config.sample.num_images}
+
+
+def _evaluate(config: Config) -> dict[str, Any]:
+    return _pick(config.evaluate, "neighbours")
+
+
+# Stage: (its inputs, what of the configuration can change its result).
+STAGES: dict[str, tuple[tuple[str, ...], Callable[[Config], dict[str, Any]]]] = {
+    "manifest": ((), _manifest),
+    "teacher": (("manifest",), _teacher),
+    "score": (("manifest", "teacher"), _score),
+    "select": (("manifest", "score"), _select),
+    "attach": (("manifest", "select"), _attach),
+    "train": (("manifest", "attach"), _train),
+    "sample": (("train",), _sample),
+    "reference": (("manifest",), _reference),
+    "evaluate": (("manifest", "attach", "sample", "reference"), _evaluate),
+}
+
+
+def checked_checkpoint(config: Config) -> Path:
+    """The teacher's model folder, its latent space compared with the data's.
+
+    Raises:
+        UserError: no model there, or one of another latent shape.
+    """
+    folder = Path(config.teacher.checkpoint).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"teacher.checkpoint={config.teacher.checkpoint}: there is no such folder. A model folder (train-<hash>/model of a run) would do, or empty to train a teacher.")
+    spec = weights.read_meta(folder)["spec"]
+    latent = latents.latent_facts(config)
+    if (spec["channels"], spec["input_size"]) != (latent["channels"], latent["side"]):
+        raise UserError(
+            f"teacher.checkpoint={config.teacher.checkpoint} works on {spec['channels']} x {spec['input_size']} x {spec['input_size']} latents; "
+            f"data.image_size, data.channels and vae.path give {latent['channels']} x {latent['side']} x {latent['side']}."
+        )
+    return folder
+
+
+def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
+    """Refuses what only the manifest can show to be wrong, before a cluster is asked for anything.
+
+    Args:
+        data: the manifest stage's facts.
+
+    Raises:
+        UserError: a budget that does not fit, a class without a name while text is on, a teacher of other classes, too
+            few images to evaluate with, a batch that does not divide.
+    """
+    import numpy as np
+
+    from d2c_ray.selection import rank
+    from d2c_ray.training.batches import BLOCK
+
+    config, rows, names, sizes = plan.config, data["rows"], data["class_names"], np.asarray(data["class_counts"])
+    for arm, nodes in plan.arms.items():
+        own = nodes["train"].config
+        try:
+            rank.quotas(sizes, rank.budget_images(own.select.budget, rows), own.select.balance)
+        except UserError as error:
+            raise UserError(str(error) if len(plan.arms) == 1 else f"arm '{arm}': {error}") from None
+        if own.attach.text.encoder != "none":
+            nameless = [label for label, size in enumerate(sizes) if size and not names[label]]
+            if nameless:
+                raise UserError(
+                    f"attach.text.encoder={own.attach.text.encoder} needs a name for every class; {len(nameless)} of {len(sizes)} have none, the first label {nameless[0]}. "
+                    "Give a text file with one name a line as data.classes, or switch text off (attach.text.encoder=none)."
+                )
+    if config.teacher.checkpoint:
+        meta = weights.read_meta(checked_checkpoint(config))
+        theirs = meta.get("class_names", [])
+        if meta["spec"]["num_classes"] != max(1, len(names)):
+            raise UserError(f"teacher.checkpoint={config.teacher.checkpoint} knows {meta['spec']['num_classes']} classes; the data has {len(names)}.")
+        other = [f"label {i}: '{a}' and '{b}'" for i, (a, b) in enumerate(zip(theirs, names, strict=False)) if a and b and a != b]
+        if other:
+            raise UserError(f"teacher.checkpoint={config.teacher.checkpoint} was trained on other classes than the data's: {'; '.join(other[:3])}.")
+    if min(rows // 2, config.sample.num_images) <= config.evaluate.neighbours + 1:
+        raise UserError(f"{rows} images and sample.num_images={config.sample.num_images} are too few to evaluate with evaluate.neighbours={config.evaluate.neighbours}.")
+    for knob, workers, batch in (
+        ("train", config.resources.train_workers, config.train.batch_size),
+        ("teacher.train", config.resources.teacher_workers, config.teacher.train.batch_size),
+    ):
+        if workers > 1 and batch % (workers * BLOCK):
+            raise UserError(f"{knob}.batch_size={batch} does not divide into {workers} workers in blocks of {BLOCK}; {workers * BLOCK * max(1, batch // (workers * BLOCK))} would do.")

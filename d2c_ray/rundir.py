@@ -1,0 +1,144 @@
+"""A run folder: stage outputs that appear whole, a lock, and what happened.
+
+    runs/<name>/  config.yaml  plan.json  status.json
+      <stage>-<hash8>/  part-*.parquet ... _SUCCESS.json
+      report.html
+"""
+
+import json
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from d2c_ray.errors import UserError
+
+SUCCESS = "_SUCCESS.json"
+PROGRESS = "_progress.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole: under a temporary name beside it, then renamed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_text`, for bytes."""
+    with whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_text`, for a value of JSON."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name in the same folder; renames it to `path` if the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files for the owner alone; outputs are shared like any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """The folder of one stage's output."""
+
+    path: Path
+
+    @property
+    def done(self) -> bool:
+        return (self.path / SUCCESS).is_file()
+
+    def success(self) -> dict[str, Any]:
+        """What the finished stage recorded: counts, seconds, versions, inputs and its own facts."""
+        return json.loads((self.path / SUCCESS).read_text())
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Marks the folder as whole. Comes last."""
+        write_json(self.path / SUCCESS, record)
+        (self.path / PROGRESS).unlink(missing_ok=True)
+
+    def seconds_so_far(self) -> float:
+        """Seconds that earlier, interrupted attempts spent here, as far as they could say."""
+        with suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
+            return float(json.loads((self.path / PROGRESS).read_text())["seconds"])
+        return 0.0
+
+    def parts(self, prefix: str = "part-") -> list[Path]:
+        """The Parquet files of the table, in order."""
+        return sorted(self.path.glob(f"{prefix}*.parquet"))
+
+
+class Lock:
+    """Holds a run folder for one process; the operating system lets go of it when the process ends, however it ends."""
+
+    def __init__(self, folder: Path):
+        from filelock import FileLock
+
+        self.folder = folder
+        self._owner = folder / ".owner.json"
+        self._lock = FileLock(folder / ".lock")
+
+    def __enter__(self) -> "Lock":
+        from filelock import Timeout
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            owner: dict[str, Any] = {}
+            with suppress(FileNotFoundError, json.JSONDecodeError):
+                owner = json.loads(self._owner.read_text())
+            who = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
+            raise UserError(f"the run folder '{self.folder}' is being written by {who}. Wait for it, end it, or give this run another run.name.") from None
+        write_json(self._owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._owner.unlink(missing_ok=True)
+        self._lock.release()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, and the commit where the package runs from a checkout."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("d2c-ray", "torch", "ray", "numpy", "pyarrow", "pillow"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    commit = _commit()
+    if commit:
+        found["commit"] = commit
+    return found
+
+
+def _commit() -> str:
+    import subprocess
+
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,70 @@
+"""The names and types of every table's columns, spelled once. No pyarrow here: `data.tables` makes the Arrow schema.
+
+A column type is an Arrow type's name, `list<T>` of the length given when the schema is made, or `tensor`: a
+fixed-shape array stored as fixed-size binary, whose dtype and shape stand in the column's metadata.
+"""
+
+KEY = "key"
+SAMPLE_ID = "sample_id"
+LABEL = "label"
+
+MANIFEST = {
+    "key": "string",  # unique and stable: source-relative file, then '#' and the row or member
+    "sample_id": "int64",  # row in key order
+    "label": "int32",  # -1 for none
+    "uri": "string",
+    "offset": "int64",  # bytes into a file, -1 where the image is a Parquet row
+    "length": "int64",  # bytes
+    "row_group": "int32",  # -1 where the image is a byte range
+    "row": "int32",  # within the row group
+    "shard": "int32",
+}
+
+SCORES = {
+    "sample_id": "int64",
+    "key": "string",
+    "label": "int32",
+    "score": "float32",  # mean over timesteps of the noise-prediction error; higher is harder
+    "errors": "list<float32>",  # one a timestep, in the teacher's own convention (see the metadata)
+    "shard": "int32",
+}
+
+REJECTED = {"key": "string", "uri": "string", "stage": "string", "reason": "string"}
+
+SELECTION = {
+    "sample_id": "int64",
+    "key": "string",
+    "label": "int32",
+    "score": "float32",
+    "rank": "int64",  # in its class, 0 is easiest
+    "class_size": "int64",
+    "position": "int32",  # order of choice in its class
+}
+
+CONDENSED = {
+    "sample_id": "int64",
+    "key": "string",
+    "label": "int32",
+    "image": "binary",  # encoded bytes as the source had them
+    "pixels": "tensor",  # uint8, without a VAE
+    "latent_mean": "tensor",  # float16, both flips where flips are on, with a VAE
+    "latent_std": "tensor",
+    "vision": "tensor",  # int8 or bf16 patch tokens, both flips where flips are on
+    "vision_scale": "tensor",  # float32, one a token, with int8
+}
+
+CLASSES = {
+    "label": "int32",
+    "name": "string",
+    "prompt": "string",
+    "text_states": "tensor",
+    "text_mask": "tensor",
+}
+
+SAMPLES = {
+    "index": "int64",
+    "label": "int32",
+    "image": "binary",  # PNG
+}
+
+FEATURES = {"id": "int64", "label": "int32", "features": "tensor"}

@@ -1,0 +1,1 @@
+"""The stages: one short file each, a function from files to files. No stage imports another."""

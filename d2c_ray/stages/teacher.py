@@ -1,0 +1,42 @@
+"""teacher: the model that judges difficulty, given or trained on all the data."""
+
+from pathlib import Path
+
+from d2c_ray import job as jobs
+from d2c_ray.config import AttachConfig
+from d2c_ray.distributed import attach, cluster, trainer
+from d2c_ray.models import latents, weights
+from d2c_ray.plan import checked_checkpoint
+from d2c_ray.rejects import Rejects
+from d2c_ray.rundir import SUCCESS, write_json
+
+ROWS_PER_PART = 4096
+
+
+def run(job: jobs.Job) -> jobs.Result:
+    config, data = job.config, job.facts("manifest")
+    if config.teacher.checkpoint:
+        folder = checked_checkpoint(config)
+        meta = weights.read_meta(folder)
+        return jobs.Result(data["rows"], data["rows"], 0, {"model": str(folder.absolute()), "kind": meta["spec"]["kind"], "trained_here": False})
+
+    # Everything in the form the training loop reads, without attachments.
+    whole = job.out / "data"
+    whole.mkdir(parents=True, exist_ok=True)
+    latent = latents.latent_facts(config)
+    rejects = Rejects("teacher", data["rows"], config.data.max_rejected)
+    if not (whole / SUCCESS).is_file():
+        grid = latents.grid_side(latent, config.teacher.model)
+        share = cluster.share(config.resources)
+        with job.progress(data["rows"], title="teacher: read images") as progress:
+            parts = attach.attach(config, AttachConfig(rows_per_part=ROWS_PER_PART), job.inputs["manifest"].parts(), grid, whole, share, rejects, progress, False)
+        facts = {
+            "class_names": data["class_names"], "flip": config.data.flip, "latent": latent, "fingerprint": f"{job.fingerprint}-all",
+            "rows": sum(part["rows"] for part in parts), "rejected": rejects.rows,
+        }  # fmt: skip
+        write_json(whole / SUCCESS, {"facts": facts})
+    model = trainer.train(job, "teacher: train", config.teacher.model, config.teacher.train, whole, config.resources.teacher_workers)
+    rejected = trainer.condensed_facts(whole)["rejected"]
+    done = data["rows"] - len(rejected)
+    spec = weights.read_meta(Path(model))["spec"]
+    return jobs.Result(data["rows"], done, len(rejected), {"model": model, "kind": spec["kind"], "trained_here": True, "metrics": "metrics.jsonl"})
