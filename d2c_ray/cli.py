@@ -17,14 +17,28 @@ what helps it learn, train it, and say honestly what that bought.
 )  # fmt: skip
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of what differs from the defaults; see configs/.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes on top of the file, for example select.budget=500.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes on top of the file, for example select.budget=500.")
+]
 
 STAGES = {
-    "manifest": ("List every image of the source with its label and where its bytes are.", "d2c manifest configs/cifar10.yaml data.path=/data/cifar10"),
-    "teacher": ("Train (or check) the model that judges how hard each image is.", "d2c teacher configs/quickstart.yaml teacher.train.num_images=64000"),
-    "score": ("Score every image's difficulty, and say how stable the ranks are.", "d2c score configs/quickstart.yaml score.num_timesteps=32"),
+    "manifest": (
+        "List every image of the source with its label and where its bytes are.",
+        "d2c manifest configs/cifar10.yaml data.path=/data/cifar10",
+    ),
+    "teacher": (
+        "Train (or check) the model that judges how hard each image is.",
+        "d2c teacher configs/quickstart.yaml teacher.train.num_images=64000",
+    ),
+    "score": (
+        "Score every image's difficulty, and say how stable the ranks are.",
+        "d2c score configs/quickstart.yaml score.num_timesteps=32",
+    ),
     "select": ("Choose the images of the subset.", "d2c select configs/quickstart.yaml select.budget=0.1 select.f=0.7"),
-    "attach": ("Make the condensed dataset: text states, vision tokens and latents of the chosen images.", "d2c attach configs/quickstart.yaml"),
+    "attach": (
+        "Make the condensed dataset: text states, vision tokens and latents of the chosen images.",
+        "d2c attach configs/quickstart.yaml",
+    ),
     "train": ("Train the students on their condensed datasets.", "d2c train configs/quickstart.yaml train.align_weight=0.5"),
     "sample": ("Generate images with the trained students.", "d2c sample configs/quickstart.yaml sample.guidance=2"),
     "evaluate": ("Measure the images, beside the floor and what real images score.", "d2c evaluate configs/quickstart.yaml"),
@@ -79,7 +93,9 @@ def _run(path: str, overrides: list[str] | None, upto: str) -> None:
     else:
         for node in plan.of(upto):
             success = node.dir.success()
-            print(f"{upto} ({', '.join(node.arms)}): {node.folder}  {success['rows_done']} rows, {success['rows_rejected']} rejected, {success['seconds']} s")
+            print(
+                f"{upto} ({', '.join(node.arms)}): {node.folder}  {success['rows_done']} rows, {success['rows_rejected']} rejected, {success['seconds']} s"
+            )
             if upto == "select":
                 from d2c_ray.report.summary import print_selection
 

@@ -343,7 +343,9 @@ def check(config: Config) -> None:
     for key, allowed in CHOICES.items():
         value = get(config, key)
         if value not in allowed:
-            raise UserError(f"{key}={value!r} is unknown; one of {', '.join(map(str, allowed))}{nearest(str(value), [str(a) for a in allowed])}")
+            raise UserError(
+                f"{key}={value!r} is unknown; one of {', '.join(map(str, allowed))}{nearest(str(value), [str(a) for a in allowed])}"
+            )
     for key, least in MINIMUM.items():
         if get(config, key) < least:
             raise UserError(f"{key}={get(config, key)} is too small; {least} or more would do.")

@@ -19,7 +19,7 @@ class Job:
         out: its own folder; what an interrupted attempt left there is still there.
         fingerprint: its hash.
         title: what to call it in progress lines.
-        side_by_side: how many stages share the cluster with it, itself included.
+        places: actors or training workers it may run at once.
     """
 
     config: Config
@@ -27,7 +27,7 @@ class Job:
     out: Path
     fingerprint: str
     title: str
-    side_by_side: int = 1
+    places: int = 1
     seconds_before: float = 0.0
 
     def facts(self, stage: str) -> dict[str, Any]:

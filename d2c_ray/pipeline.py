@@ -1,4 +1,4 @@
-"""Running a plan: stage by stage, each in its folder, those of several arms side by side, never twice."""
+"""Running a plan: every stage in its folder, side by side where nothing stands between, never twice."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ from d2c_ray.progress import clock
 from d2c_ray.rundir import Lock, versions, write_json, write_text
 
 ON_RAY = {"teacher", "score", "attach", "train", "sample", "reference", "evaluate"}
-WORKERS_OF = {"train": "train_workers"}
+WORKERS_OF = {"train": "train_workers", "teacher": "teacher_workers"}
 Say = Callable[[str], None]
 
 
@@ -38,22 +38,21 @@ def _run(plan: Plan, upto: str, say: Say) -> Plan:
     config = plan.config
     write_text(plan.folder / "config.yaml", to_yaml(config))
     status = Status(plan)
-    wanted = [stage for stage in plans.STAGES if _needed(stage, upto)]
-    _run_stage(plan, "manifest", status, say)
     (manifest,) = plan.of("manifest")
+    _run_all([manifest], 1, status, say)
     if upto == "manifest":
         return plan
     plans.check_against_data(plan, manifest.dir.success()["facts"])
-    connected = False
+    wanted = [node for node in plan.nodes if node is not manifest and _needed(node.stage, upto)]
+    slots = 1
+    on_ray = any(node.stage in ON_RAY and not node.dir.done for node in wanted)
     try:
-        for stage in wanted[1:]:
-            if not connected and stage in ON_RAY and any(not node.dir.done for node in plan.of(stage)):
-                say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
-                _connect(config)
-                connected = True
-            _run_stage(plan, stage, status, say)
+        if on_ray:
+            say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
+            slots = _connect(config)
+        _run_all(wanted, slots, status, say)
     finally:
-        if connected:
+        if on_ray:
             _disconnect()
     if upto == "report":
         from d2c_ray.stages import report
@@ -71,38 +70,54 @@ def _needed(stage: str, upto: str) -> bool:
     return any(_needed(stage, name) for name in inputs)
 
 
-def _run_stage(plan: Plan, stage: str, status: "Status", say: Say) -> None:
-    todo = [node for node in plan.of(stage) if not node.dir.done]
-    for node in plan.of(stage):
+def _run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
+    """Runs nodes as soon as what they read is there, in the order given, on `slots` places (a core or a GPU each).
+
+    A training takes a place a worker; any other stage shares what is left with those that could start with it.
+    """
+    waiting = [node for node in nodes if not node.dir.done]
+    for node in nodes:
         if node.dir.done:
-            say(f"{stage}: {node.name} is there")
-    if not todo:
-        return
-    at_once = _side_by_side(plan.config, stage, len(todo))
-    started = time.monotonic()
-    waiting, running = list(todo), {}
+            say(f"{_title(node, status)}: {node.name} is there")
+    running: dict[Future[float], tuple[Node, int]] = {}
+    free = slots
     while waiting or running:
-        while waiting and len(running) < at_once:
-            node = waiting.pop(0)
-            running[_in_thread(lambda node=node: _run_node(node, len(plan.arms), min(at_once, len(todo)), status))] = node
+        ready = [node for node in waiting if all(given.dir.done for given in node.inputs.values())]
+        for index, node in enumerate(ready):
+            wanted = _workers(node) or max(1, free // (len(ready) - index))
+            # What wants more places than there are runs alone rather than never.
+            if wanted <= free or not running:
+                free -= wanted
+                waiting.remove(node)
+                running[_in_thread(lambda node=node, share=wanted: _run_node(node, share, status))] = (node, wanted)
         for future in [future for future in running if future.done()]:
-            del running[future]
-            future.result()
+            node, share = running.pop(future)
+            free += share
+            say(f"{_title(node, status)}: done in {clock(future.result())}")
+            if node.stage == "score":
+                _say_stability(node.dir.success()["facts"], say)
         time.sleep(0.05)
-    say(f"{stage}: done in {clock(time.monotonic() - started)}")
-    if stage == "score":
-        _say_stability(todo[0].dir.success()["facts"], say)
 
 
-def _run_node(node: Node, arms: int, side_by_side: int, status: "Status") -> None:
+def _workers(node: Node) -> int:
+    """Places a training takes; 0 for a stage that takes what it gets."""
+    knob = WORKERS_OF.get(node.stage)
+    return getattr(node.config.resources, knob) if knob else 0
+
+
+def _title(node: Node, status: "Status") -> str:
+    """The stage, and its arms where they differ."""
+    return node.stage if len(node.arms) == status.num_arms else f"{node.stage} {', '.join(node.arms)}"
+
+
+def _run_node(node: Node, share: int, status: "Status") -> float:
     node.folder.mkdir(parents=True, exist_ok=True)
     status.set(node, "running")
     before = node.dir.seconds_so_far()
     started = time.monotonic()
-    title = node.stage if len(node.arms) == arms else f"{node.stage} {' '.join(node.arms)}"
     inputs = {name: given.dir for name, given in node.inputs.items()}
     try:
-        result = stage_function(node.stage)(Job(node.config, inputs, node.folder, node.hash, title, side_by_side, before))
+        result = stage_function(node.stage)(Job(node.config, inputs, node.folder, node.hash, _title(node, status), share, before))
         _check_counts(node, result)
     except BaseException as error:
         status.set(node, "failed", f"{type(error).__name__}: {error}")
@@ -111,11 +126,12 @@ def _run_node(node: Node, arms: int, side_by_side: int, status: "Status") -> Non
         {
             "stage": node.stage, "fingerprint": node.hash, "inputs": {name: given.name for name, given in node.inputs.items()},
             "rows_in": result.rows_in, "rows_done": result.rows_done, "rows_rejected": result.rows_rejected,
-            "seconds": round(before + time.monotonic() - started, 2), "side_by_side": side_by_side, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seconds": round(before + time.monotonic() - started, 2), "places": share, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": versions(), "facts": result.facts,
         }
     )  # fmt: skip
     status.set(node, "done")
+    return time.monotonic() - started
 
 
 def stage_function(stage: str) -> Stage:
@@ -127,7 +143,9 @@ def stage_function(stage: str) -> Stage:
 
 def _check_counts(node: Node, result: Result) -> None:
     if result.rows_done + result.rows_rejected != result.rows_in:
-        raise RuntimeError(f"{node.name}: {result.rows_done} rows done and {result.rows_rejected} rejected do not make the {result.rows_in} that came in")
+        raise RuntimeError(
+            f"{node.name}: {result.rows_done} rows done and {result.rows_rejected} rejected do not make the {result.rows_in} that came in"
+        )
 
 
 def _say_stability(facts: dict[str, Any], say: Say) -> None:
@@ -138,23 +156,21 @@ def _say_stability(facts: dict[str, Any], say: Say) -> None:
         say(f"score: rank stability {stability:.2f} at |T| = {count}: enough (0.9)")
     else:
         needed = facts["needed_timesteps"]
-        more = f"; about {needed} timesteps would reach 0.9 (score.num_timesteps={needed})" if needed else "; the score carries no stable signal, a better teacher would help"
+        more = (
+            f"; about {needed} timesteps would reach 0.9 (score.num_timesteps={needed})"
+            if needed
+            else "; the score carries no stable signal, a better teacher would help"
+        )
         say(f"score: rank stability {stability:.2f} at |T| = {count}: not enough (0.9){more}")
 
 
-def _side_by_side(config: Config, stage: str, wanted: int) -> int:
-    if stage not in ON_RAY or wanted == 1:
-        return 1
-    from d2c_ray.distributed import cluster
-
-    return cluster.side_by_side(config.resources, wanted, getattr(config.resources, WORKERS_OF.get(stage, ""), 1))
-
-
-def _connect(config: Config) -> None:
+def _connect(config: Config) -> int:
+    """Connects to Ray and returns the places for work that it has."""
     from d2c_ray.distributed import cluster
 
     cluster.connect(config.resources)
     cluster.preflight(config.resources)
+    return cluster.places(config.resources)
 
 
 def _disconnect() -> None:
@@ -163,14 +179,13 @@ def _disconnect() -> None:
     cluster.disconnect()
 
 
-def _in_thread(work: Callable[[], None]) -> "Future[None]":
+def _in_thread(work: Callable[[], float]) -> "Future[float]":
     """Runs `work` in a daemon thread: an interrupt of the main thread ends the process without waiting for it."""
-    future: Future[None] = Future()
+    future: Future[float] = Future()
 
     def call() -> None:
         try:
-            work()
-            future.set_result(None)
+            future.set_result(work())
         except BaseException as error:
             future.set_exception(error)
 
@@ -183,6 +198,7 @@ class Status:
 
     def __init__(self, plan: Plan):
         self._plan = plan
+        self.num_arms = len(plan.arms)
         self._path = plan.folder / "status.json"
         self._states: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
@@ -196,7 +212,9 @@ class Status:
 
     def write(self) -> None:
         with self._lock:
-            stages = {node.name: self._states.get(node.name, {"state": "done" if node.dir.done else "waiting"}) for node in self._plan.nodes}
+            stages = {
+                node.name: self._states.get(node.name, {"state": "done" if node.dir.done else "waiting"}) for node in self._plan.nodes
+            }
             write_json(self._path, {"stages": stages})
 
 
@@ -212,7 +230,12 @@ def unwrap(error: BaseException) -> UserError | None:
         if isinstance(found, UserError):
             return found
         failures = getattr(found, "worker_failures", None)
-        stack += [found.__cause__, found.__context__, getattr(found, "cause", None), *(failures.values() if isinstance(failures, dict) else [])]
+        stack += [
+            found.__cause__,
+            found.__context__,
+            getattr(found, "cause", None),
+            *(failures.values() if isinstance(failures, dict) else []),
+        ]
     return None
 
 

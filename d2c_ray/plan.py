@@ -59,7 +59,13 @@ class Plan:
         """plan.json: what will run, what is there, and which arm uses what."""
         return {
             "nodes": [
-                {"stage": node.stage, "folder": node.name, "arms": node.arms, "inputs": [given.name for given in node.inputs.values()], "done": node.dir.done}
+                {
+                    "stage": node.stage,
+                    "folder": node.name,
+                    "arms": node.arms,
+                    "inputs": [given.name for given in node.inputs.values()],
+                    "done": node.dir.done,
+                }
                 for node in self.nodes
             ],
             "arms": {arm: {stage: node.name for stage, node in nodes.items()} for arm, nodes in self.arms.items()},
@@ -80,7 +86,12 @@ def make(config: Config) -> Plan:
         mine: dict[str, Node] = {}
         for stage, (inputs, hashed) in STAGES.items():
             given = {name: mine[name] for name in inputs}
-            facts = {"stage": stage, "version": VERSIONS[stage], "inputs": {name: node.hash for name, node in given.items()}, "config": hashed(own)}
+            facts = {
+                "stage": stage,
+                "version": VERSIONS[stage],
+                "inputs": {name: node.hash for name, node in given.items()},
+                "config": hashed(own),
+            }
             if stage == "manifest":
                 facts["source"] = source
             digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
@@ -116,7 +127,12 @@ def _manifest(config: Config) -> dict[str, Any]:
 def _teacher(config: Config) -> dict[str, Any]:
     if config.teacher.checkpoint:
         return {"checkpoint": weights.content_hash(checked_checkpoint(config))}
-    return {**_latent(config), "flip": config.data.flip, "model": to_dict(config.teacher.model), "train": _without(config.teacher.train, *TRAIN_KNOBS)}
+    return {
+        **_latent(config),
+        "flip": config.data.flip,
+        "model": to_dict(config.teacher.model),
+        "train": _without(config.teacher.train, *TRAIN_KNOBS),
+    }
 
 
 def _score(config: Config) -> dict[str, Any]:
@@ -135,7 +151,9 @@ def _attach(config: Config) -> dict[str, Any]:
         "grid": latents.grid_side(latents.latent_facts(config), config.model),
         "rows_per_part": config.attach.rows_per_part,
         "text": {**to_dict(text), "weights": frozen.file_hash(frozen.weights_file(text.encoder))} if text.encoder != "none" else None,
-        "vision": {**to_dict(vision), "weights": frozen.file_hash(frozen.weights_file(vision.encoder))} if vision.encoder != "none" else None,
+        "vision": {**to_dict(vision), "weights": frozen.file_hash(frozen.weights_file(vision.encoder))}
+        if vision.encoder != "none"
+        else None,
     }
 
 
@@ -178,7 +196,9 @@ def checked_checkpoint(config: Config) -> Path:
     """
     folder = Path(config.teacher.checkpoint).expanduser()
     if not folder.is_dir():
-        raise UserError(f"teacher.checkpoint={config.teacher.checkpoint}: there is no such folder. A model folder (train-<hash>/model of a run) would do, or empty to train a teacher.")
+        raise UserError(
+            f"teacher.checkpoint={config.teacher.checkpoint}: there is no such folder. A model folder (train-<hash>/model of a run) would do, or empty to train a teacher."
+        )
     spec = weights.read_meta(folder)["spec"]
     latent = latents.latent_facts(config)
     if (spec["channels"], spec["input_size"]) != (latent["channels"], latent["side"]):
@@ -222,15 +242,23 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
         meta = weights.read_meta(checked_checkpoint(config))
         theirs = meta.get("class_names", [])
         if meta["spec"]["num_classes"] != max(1, len(names)):
-            raise UserError(f"teacher.checkpoint={config.teacher.checkpoint} knows {meta['spec']['num_classes']} classes; the data has {len(names)}.")
+            raise UserError(
+                f"teacher.checkpoint={config.teacher.checkpoint} knows {meta['spec']['num_classes']} classes; the data has {len(names)}."
+            )
         other = [f"label {i}: '{a}' and '{b}'" for i, (a, b) in enumerate(zip(theirs, names, strict=False)) if a and b and a != b]
         if other:
-            raise UserError(f"teacher.checkpoint={config.teacher.checkpoint} was trained on other classes than the data's: {'; '.join(other[:3])}.")
+            raise UserError(
+                f"teacher.checkpoint={config.teacher.checkpoint} was trained on other classes than the data's: {'; '.join(other[:3])}."
+            )
     if min(rows // 2, config.sample.num_images) <= config.evaluate.neighbours + 1:
-        raise UserError(f"{rows} images and sample.num_images={config.sample.num_images} are too few to evaluate with evaluate.neighbours={config.evaluate.neighbours}.")
+        raise UserError(
+            f"{rows} images and sample.num_images={config.sample.num_images} are too few to evaluate with evaluate.neighbours={config.evaluate.neighbours}."
+        )
     for knob, workers, batch in (
         ("train", config.resources.train_workers, config.train.batch_size),
         ("teacher.train", config.resources.teacher_workers, config.teacher.train.batch_size),
     ):
         if workers > 1 and batch % (workers * BLOCK):
-            raise UserError(f"{knob}.batch_size={batch} does not divide into {workers} workers in blocks of {BLOCK}; {workers * BLOCK * max(1, batch // (workers * BLOCK))} would do.")
+            raise UserError(
+                f"{knob}.batch_size={batch} does not divide into {workers} workers in blocks of {BLOCK}; {workers * BLOCK * max(1, batch // (workers * BLOCK))} would do."
+            )

@@ -31,7 +31,16 @@ class Progress:
         interval_sec: between two lines in a log.
     """
 
-    def __init__(self, label: str, total: int, unit: str, folder: Path | None = None, done: int = 0, seconds_before: float = 0.0, interval_sec: float = 20.0):
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        unit: str,
+        folder: Path | None = None,
+        done: int = 0,
+        seconds_before: float = 0.0,
+        interval_sec: float = 20.0,
+    ):
         self.label, self.total, self.unit, self.folder = label, total, unit, folder
         self.done = self._first = done
         self._before, self._interval = seconds_before, interval_sec
@@ -91,13 +100,27 @@ class Progress:
         rate = (self.done - self._first) / elapsed if elapsed > 0.5 else 0.0
         left = f", {clock((self.total - self.done) / rate)} left" if rate > 0 and self.done < self.total else ""
         speed = f" ({rate:,.1f} {self.unit}/s{left})" if rate else ""
-        print(f"{time.strftime('%H:%M:%S')} {self.label}: {self.done:,} of {self.total:,} {self.unit}{speed} {self._note}".rstrip(), file=sys.stderr, flush=True)
+        print(
+            f"{time.strftime('%H:%M:%S')} {self.label}: {self.done:,} of {self.total:,} {self.unit}{speed} {self._note}".rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _write(self) -> None:
         self._last_file = time.monotonic()
         if self.folder is not None:
             with suppress(FileNotFoundError):  # a test's folder may be gone
-                write_json(self.folder / PROGRESS, {"label": self.label, "done": self.done, "total": self.total, "unit": self.unit, "seconds": self.seconds(), "note": self._note})
+                write_json(
+                    self.folder / PROGRESS,
+                    {
+                        "label": self.label,
+                        "done": self.done,
+                        "total": self.total,
+                        "unit": self.unit,
+                        "seconds": self.seconds(),
+                        "note": self._note,
+                    },
+                )
 
 
 def clock(seconds: float) -> str:

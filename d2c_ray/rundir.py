@@ -1,8 +1,8 @@
 """A run folder: stage outputs that appear whole, a lock, and what happened.
 
-    runs/<name>/  config.yaml  plan.json  status.json
-      <stage>-<hash8>/  part-*.parquet ... _SUCCESS.json
-      report.html
+runs/<name>/  config.yaml  plan.json  status.json
+  <stage>-<hash8>/  part-*.parquet ... _SUCCESS.json
+  report.html
 """
 
 import json
@@ -107,7 +107,9 @@ class Lock:
             with suppress(FileNotFoundError, json.JSONDecodeError):
                 owner = json.loads(self._owner.read_text())
             who = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
-            raise UserError(f"the run folder '{self.folder}' is being written by {who}. Wait for it, end it, or give this run another run.name.") from None
+            raise UserError(
+                f"the run folder '{self.folder}' is being written by {who}. Wait for it, end it, or give this run another run.name."
+            ) from None
         write_json(self._owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         return self
 

@@ -75,14 +75,20 @@ def write_part(
     if not keep_images:
         wanted.pop("image", None)
     fields = tables.arrow_schema(wanted, kinds)
-    columns = [tables.tensor_column(tensors[name]) if name in tensors else rows.column(name).cast(fields.field(name).type) for name in fields.names]
+    columns = [
+        tables.tensor_column(tensors[name]) if name in tensors else rows.column(name).cast(fields.field(name).type) for name in fields.names
+    ]
     tables.write(path, pa.table(columns, schema=fields), facts)
     return facts
 
 
 def write_classes(path: Path, names: list[str], prompts: list[str], text: tuple[Tensor, Tensor] | None) -> None:
     """The class table: label, name, prompt, and the text states (bf16 bits as uint16) and mask of each class."""
-    columns: dict[str, Any] = {"label": pa.array(range(len(names)), pa.int32()), "name": pa.array(names), "prompt": pa.array(prompts, pa.string())}
+    columns: dict[str, Any] = {
+        "label": pa.array(range(len(names)), pa.int32()),
+        "name": pa.array(names),
+        "prompt": pa.array(prompts, pa.string()),
+    }
     kinds = {}
     if text is not None:
         states, mask = text[0].bfloat16().view(torch.int16).numpy().view(np.uint16), text[1].numpy().astype(np.int8)
@@ -182,16 +188,25 @@ def _build_cache(folder: Path, cache: Path) -> None:
     needed = sum(total * np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in kinds.values())
     free = shutil.disk_usage(cache.parent).free
     if needed * 1.05 > free:
-        raise UserError(f"opening '{folder}' needs {needed / 2**30:.1f} GiB at {cache.parent}; {free / 2**30:.1f} GiB are free. Set TMPDIR to a larger disk.")
+        raise UserError(
+            f"opening '{folder}' needs {needed / 2**30:.1f} GiB at {cache.parent}; {free / 2**30:.1f} GiB are free. Set TMPDIR to a larger disk."
+        )
     shutil.rmtree(cache, ignore_errors=True)  # the rest of a build that was cut off
     cache.mkdir(parents=True)
-    arrays = {name: np.lib.format.open_memmap(cache / f"{name}.npy", "w+", np.dtype(dtype), (total, *shape)) for name, (dtype, shape) in kinds.items()}
+    arrays = {
+        name: np.lib.format.open_memmap(cache / f"{name}.npy", "w+", np.dtype(dtype), (total, *shape))
+        for name, (dtype, shape) in kinds.items()
+    }
     start = 0
     for part, count in zip(parts, counts, strict=True):
         if count:
             table = tables.read(part, ["sample_id", "label", *(name for name in kinds if name in found.names and name != "sample_id")])
             for name, array in arrays.items():
-                values = table.column("label" if name == "labels" else name).to_numpy() if name in ("labels", "sample_id") else tables.tensor_values(table, name)
+                values = (
+                    table.column("label" if name == "labels" else name).to_numpy()
+                    if name in ("labels", "sample_id")
+                    else tables.tensor_values(table, name)
+                )
                 array[start : start + count] = values
         start += count
     for array in arrays.values():

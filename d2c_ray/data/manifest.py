@@ -42,7 +42,9 @@ def find(data: DataConfig) -> Source:
     if data.source == "digits":
         return Source("digits", Path(), ())
     if not data.path:
-        raise UserError("data.path is empty: give the file or folder of the images (data.path=/data/imagenet), or data.source=digits for the embedded ones.")
+        raise UserError(
+            "data.path is empty: give the file or folder of the images (data.path=/data/imagenet), or data.source=digits for the embedded ones."
+        )
     root = Path(data.path).expanduser()
     if data.path.startswith(("s3://", "gs://", "hdfs://", "http://", "https://")):
         raise UserError(f"data.path={data.path}: this version reads local files and folders. Mount or copy the data.")
@@ -63,13 +65,19 @@ def find(data: DataConfig) -> Source:
     if kind == "folder" and images:
         loose = [name for name in images if "/" not in name]
         if loose:
-            raise UserError(f"data.path={data.path}: '{loose[0]}' lies in no class folder. A folder source holds one folder a class: class_name/image.jpg.")
+            raise UserError(
+                f"data.path={data.path}: '{loose[0]}' lies in no class folder. A folder source holds one folder a class: class_name/image.jpg."
+            )
         return Source("folder", root, tuple(images))
     if tars:
-        raise UserError(f"data.path={data.path} holds archives ('{tars[0]}'): this version reads class folders and Parquet. Unpack them into class folders.")
+        raise UserError(
+            f"data.path={data.path} holds archives ('{tars[0]}'): this version reads class folders and Parquet. Unpack them into class folders."
+        )
     what = f"{len(visible)} files, none of them {'Parquet' if kind == 'parquet' else 'an image'}" if visible else "no files"
     matching = f" that match data.pattern={data.pattern}" if data.pattern else ""
-    raise UserError(f"data.path={data.path} holds {what}{matching}. Class folders of images, or Parquet files with an image column, would do.")
+    raise UserError(
+        f"data.path={data.path} holds {what}{matching}. Class folders of images, or Parquet files with an image column, would do."
+    )
 
 
 def fingerprint(source: Source, data: DataConfig) -> str:
@@ -89,12 +97,25 @@ def fingerprint(source: Source, data: DataConfig) -> str:
                 digest.update(file.read(65_536))
                 file.seek(max(0, size - 65_536))
                 digest.update(file.read())
+    names = class_file(source, data)
+    if names is not None:
+        digest.update(names.read_bytes())
+    return digest.hexdigest()
+
+
+def class_file(source: Source, data: DataConfig) -> Path | None:
+    """The file of class names: the one given, or a classes.txt beside Parquet files.
+
+    Raises:
+        UserError: the file given is not there.
+    """
     if data.classes:
         path = Path(data.classes).expanduser()
         if not path.is_file():
             raise UserError(f"data.classes={data.classes}: there is no such file. It holds one class name a line, line i for label i.")
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+        return path
+    beside = source.root / "classes.txt"
+    return beside if source.kind == "parquet" and beside.is_file() else None
 
 
 def scan(source: Source, data: DataConfig, out: Path, progress: Any) -> tuple[pa.Table, list[str]]:
@@ -120,15 +141,22 @@ def scan(source: Source, data: DataConfig, out: Path, progress: Any) -> tuple[pa
     same = pc.equal(keys.slice(1), keys.slice(0, len(keys) - 1))
     if pc.any(same).as_py():
         key = keys[1 + pc.index(same, True).as_py()].as_py()
-        raise UserError(f"data.path={data.path}: the key '{key}' occurs twice. Every image needs a key of its own; a file listed twice or a linked folder gives such keys.")
+        raise UserError(
+            f"data.path={data.path}: the key '{key}' occurs twice. Every image needs a key of its own; a file listed twice or a linked folder gives such keys."
+        )
     labels = np.asarray(columns["label"], np.int32)[order.to_numpy()]
-    names = _class_names(data, names, labels)
+    if labels.min() < 0 <= labels.max():
+        raise UserError(f"data.path={data.path}: {(labels < 0).sum()} images have no label (-1) and others have one. Label all of them, or none (data.label_column=).")
+    names = _class_names(class_file(source, data), names, labels)
     table = pa.table(
         {
             "key": keys,
             "sample_id": pa.array(np.arange(len(keys))),
             "label": pa.array(labels),
-            **{name: pa.array(columns[name], tables.arrow_schema(schema.MANIFEST).field(name).type).take(order) for name in ("uri", "offset", "length", "row_group", "row")},
+            **{
+                name: pa.array(columns[name], tables.arrow_schema(schema.MANIFEST).field(name).type).take(order)
+                for name in ("uri", "offset", "length", "row_group", "row")
+            },
         }
     )
     if data.limit_per_class:
@@ -169,9 +197,13 @@ def _scan_parquet(source: Source, data: DataConfig, progress: Any) -> tuple[dict
         first = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            labels = file.read_row_group(group, columns=[data.label_column]).column(0).to_numpy() if data.label_column else np.full(rows, -1)
+            labels = (
+                file.read_row_group(group, columns=[data.label_column]).column(0).to_numpy() if data.label_column else np.full(rows, -1)
+            )
             if not np.issubdtype(labels.dtype, np.integer) or (data.label_column and labels.min(initial=0) < -1):
-                raise UserError(f"'{path}': column '{data.label_column}' holds {labels.dtype} or labels below -1; integers from 0 would do, -1 for none.")
+                raise UserError(
+                    f"'{path}': column '{data.label_column}' holds {labels.dtype} or labels below -1; integers from 0 would do, -1 for none."
+                )
             # Row numbers are zero-padded so that key order is file order.
             columns["key"].extend(f"{name}#{row:09d}" for row in range(first, first + rows))
             columns["label"].extend(labels.tolist())
@@ -193,7 +225,9 @@ def _check_columns(path: Path, found: pa.Schema, data: DataConfig) -> None:
     if pa.types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise UserError(f"'{path}': column '{data.image_column}' is {found.field(data.image_column).type}; encoded images as binary, or struct<bytes, path>, would do.")
+        raise UserError(
+            f"'{path}': column '{data.image_column}' is {found.field(data.image_column).type}; encoded images as binary, or struct<bytes, path>, would do."
+        )
 
 
 def _names_of(found: pa.Schema, data: DataConfig) -> list[str]:
@@ -207,13 +241,13 @@ def _names_of(found: pa.Schema, data: DataConfig) -> list[str]:
     return []
 
 
-def _class_names(data: DataConfig, names: list[str], labels: np.ndarray) -> list[str]:
+def _class_names(given: Path | None, names: list[str], labels: np.ndarray) -> list[str]:
     count = int(labels.max()) + 1
-    if data.classes:
-        names = [line.strip() for line in Path(data.classes).expanduser().read_text().splitlines() if line.strip()]
+    if given is not None:
+        names = [line.strip() for line in given.read_text().splitlines() if line.strip()]
         if len(names) < count:
-            raise UserError(f"data.classes={data.classes} names {len(names)} classes; the labels go up to {count - 1}, so {count} lines are needed.")
-    return names[:count] + [""] * (count - len(names)) if len(names) < count else names
+            raise UserError(f"'{given}' names {len(names)} classes; the labels go up to {count - 1}, so {count} lines are needed.")
+    return names[:count] + [""] * (count - len(names))
 
 
 def read_bytes(rows: Iterable[dict[str, Any]], image_column: str) -> Iterator[bytes]:

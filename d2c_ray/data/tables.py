@@ -11,7 +11,14 @@ import pyarrow.parquet as pq
 
 from d2c_ray.rundir import whole
 
-_TYPES = {"string": pa.string(), "binary": pa.binary(), "int8": pa.int8(), "int32": pa.int32(), "int64": pa.int64(), "float32": pa.float32()}
+_TYPES = {
+    "string": pa.string(),
+    "binary": pa.binary(),
+    "int8": pa.int8(),
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "float32": pa.float32(),
+}
 METADATA = b"d2c"
 
 

@@ -65,7 +65,13 @@ def variational_bound(predicted_noise: Tensor, v: Tensor, z: Tensor, x_t: Tensor
     true_log_variance = _at(c["posterior_log_variance"], t, z)
     mean = _posterior_mean(predict_z(x_t, predicted_noise, t), x_t, t)
     log_variance = model_log_variance(v, t)
-    kl = 0.5 * (-1.0 + log_variance - true_log_variance + (true_log_variance - log_variance).exp() + (true_mean - mean).square() * (-log_variance).exp())
+    kl = 0.5 * (
+        -1.0
+        + log_variance
+        - true_log_variance
+        + (true_log_variance - log_variance).exp()
+        + (true_mean - mean).square() * (-log_variance).exp()
+    )
     likelihood = -_discretised_log_likelihood(z, mean, 0.5 * log_variance)
     bound = torch.where((t == 0)[:, None], likelihood.flatten(1), kl.flatten(1)).mean(1)
     return bound / math.log(2.0)

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def euler(predict: Predict, noise: Tensor, steps: int, step_noise: StepNoise) ->
     """Euler's method on the probability-flow ODE of the linear path, from t = 1 to t = 0 at equal steps; needs no fresh noise."""
     x = noise
     times = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).tolist()
-    for now, then in zip(times[:-1], times[1:], strict=True):
+    for now, then in pairwise(times):
         t = torch.full((x.shape[0],), now, dtype=torch.float32, device=x.device)
         x = x + (then - now) * predict(x, t).float()  # dx = v dt
     return x

@@ -34,7 +34,9 @@ class Scorer:
         label = torch.from_numpy(table.column("label").to_numpy().astype(np.int64)).clamp(min=0)
         noise = torch.from_numpy(np.array(tables.tensor_values(table, "noise")))
         if len(table):
-            errors = difficulty.errors(self.teacher, z, label, noise, self.t, self.score.device_batch, self.score.precision == "bf16").numpy()
+            errors = difficulty.errors(
+                self.teacher, z, label, noise, self.t, self.score.device_batch, self.score.precision == "bf16"
+            ).numpy()
         else:
             errors = np.zeros((0, len(self.t)), np.float32)
         result = table.select(["sample_id", "key", "label", "shard"])
@@ -51,7 +53,9 @@ class Attacher:
         target = torch.device(device)
         vision = attach.vision
         self.vae = frozen.Vae(vae, target) if vae.path else None
-        self.vision = frozen.VisionEncoder(vision.encoder, vision.image_size, target, vision.device_batch) if vision.encoder != "none" else None
+        self.vision = (
+            frozen.VisionEncoder(vision.encoder, vision.image_size, target, vision.device_batch) if vision.encoder != "none" else None
+        )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (unit,) = batch.column("unit").to_pylist()
@@ -100,7 +104,12 @@ class Embedder:
         rejected: list[dict[str, str]] = []
         if "samples" in unit:
             table = tables.read(Path(unit["samples"]))
-            pixels = np.stack([decode(image, self.data.image_size, self.data.channels, self.data.max_pixels) for image in table.column("image").to_pylist()])
+            pixels = np.stack(
+                [
+                    decode(image, self.data.image_size, self.data.channels, self.data.max_pixels)
+                    for image in table.column("image").to_pylist()
+                ]
+            )
             ids = table.column("index")
         else:
             table, rejected = units.decode_rows(units.read_rows(unit), self.data)

@@ -12,7 +12,17 @@ from d2c_ray.progress import Progress
 from d2c_ray.rejects import Rejects
 
 
-def attach(config: Config, options: AttachConfig, rows: list[Path], grid: int, out: Path, share: Share, rejects: Rejects, progress: Progress, keep_images: bool) -> list[dict[str, Any]]:
+def attach(
+    config: Config,
+    options: AttachConfig,
+    rows: list[Path],
+    grid: int,
+    out: Path,
+    share: Share,
+    rejects: Rejects,
+    progress: Progress,
+    keep_images: bool,
+) -> list[dict[str, Any]]:
     """Attaches to every row of manifest-shaped files; parts that are there already stay.
 
     Args:
@@ -39,4 +49,3 @@ def attach(config: Config, options: AttachConfig, rows: list[Path], grid: int, o
         rejects.add(tables.metadata(parts[unit["unit"]])["rejected"])
         progress.advance(unit["stop"] - unit["start"])
     return [tables.metadata(path) for path in parts.values()]
-

@@ -3,7 +3,6 @@
 import logging
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 
@@ -37,14 +36,14 @@ def connect(resources: ResourcesConfig) -> None:
         return
     # Where Ray's own files go; a private folder lets several local Rays live on one machine.
     temp_dir = os.environ.get("D2C_RAY_TMPDIR")
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Says at every start that authentication, which is on, is on.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
         if resources.address:
             ray.init(address=resources.address, log_to_driver=False, logging_level=logging.WARNING)
         else:
+            # C++ lines of the driver go to the terminal whatever the Python level is.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             ray.init(
                 address="local",
                 num_cpus=resources.num_cpus or cores() + LIGHT_CPUS,
@@ -54,7 +53,9 @@ def connect(resources: ResourcesConfig) -> None:
                 _temp_dir=temp_dir,
             )
     except ConnectionError as error:
-        raise UserError(f"resources.address={resources.address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Leave it empty for a local one.") from error
+        raise UserError(
+            f"resources.address={resources.address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Leave it empty for a local one."
+        ) from error
 
 
 def disconnect() -> None:
@@ -71,23 +72,28 @@ def total_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def train_gpus(workers: int) -> bool:
+def train_on_gpus() -> bool:
     """Whether trainings run on GPUs: if the cluster has any."""
     return total_gpus() > 0
 
 
-def share(resources: ResourcesConfig, side_by_side: int = 1) -> Share:
-    """What one of `side_by_side` equal stages may use."""
-    gpus = total_gpus()
-    per_actor = resources.gpus_per_actor if resources.gpus_per_actor >= 0 else float(gpus > 0)
+def places(resources: ResourcesConfig) -> int:
+    """How many actors or training workers run at once: one a GPU, or one a core where there are no GPUs."""
     if resources.actors:
-        actors = resources.actors
-    elif per_actor > 0:
-        actors = max(1, int(gpus / per_actor))
-    else:
-        free = int(ray.cluster_resources().get("CPU", 1)) - LIGHT_CPUS
-        actors = max(1, free)
-    return Share(max(1, actors // side_by_side), per_actor, resources.rows_per_task, resources.threads)
+        return resources.actors
+    gpus, per_actor = total_gpus(), _gpus_per_actor(resources)
+    if per_actor > 0:
+        return max(1, int(gpus / per_actor))
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) - LIGHT_CPUS)
+
+
+def share(resources: ResourcesConfig, actors: int) -> Share:
+    """What a stage that got `actors` places may use."""
+    return Share(actors, _gpus_per_actor(resources), resources.rows_per_task, resources.threads)
+
+
+def _gpus_per_actor(resources: ResourcesConfig) -> float:
+    return resources.gpus_per_actor if resources.gpus_per_actor >= 0 else float(total_gpus() > 0)
 
 
 def preflight(resources: ResourcesConfig) -> None:
@@ -97,7 +103,7 @@ def preflight(resources: ResourcesConfig) -> None:
         UserError: names what is wanted, what there is, and the knob.
     """
     cpus, gpus = ray.cluster_resources().get("CPU", 0.0), float(total_gpus())
-    wanted = share(resources)
+    wanted = share(resources, places(resources))
     largest = max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
     if wanted.actors * wanted.gpus_per_actor > gpus:
         raise UserError(
@@ -112,15 +118,3 @@ def preflight(resources: ResourcesConfig) -> None:
         have, what = (gpus, "GPUs") if gpus else (cpus, "CPUs")
         if workers > have:
             raise UserError(f"resources.{knob}={workers} wants {workers} {what}; the cluster has {have:g}.")
-
-
-def side_by_side(resources: ResourcesConfig, wanted: int, workers: int) -> int:
-    """How many of `wanted` trainings of `workers` fit at once, at most one a core or GPU a worker."""
-    have = total_gpus() or max(1, int(ray.cluster_resources().get("CPU", 1)) - LIGHT_CPUS)
-    return max(1, min(wanted, have // workers))
-
-
-def check_address(address: str) -> None:
-    """Refuses an address that is a local path by mistake."""
-    if address and Path(address).exists():
-        raise UserError(f"resources.address={address} is a file; an address looks like 10.0.0.1:6379 or auto.")

@@ -9,18 +9,44 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from d2c_ray.config import DataConfig
+from d2c_ray.data import tables
 from d2c_ray.data import units as unit_io
 from d2c_ray.distributed.cluster import Share
+from d2c_ray.selection.noise import noise as scoring_noise
 
 Extend = Callable[[pa.Table], pa.Table]
 
 
-def stream(units: list[dict[str, Any]], data: DataConfig, share: Share, actor: type, actor_args: dict[str, Any], extend: Extend | None = None, keep_bytes: bool = False) -> Iterator[tuple[dict[str, Any], pa.Table]]:
+class AddNoise:
+    """Draws each image's scoring noise in the decode task, where cores are cheaper than the accelerator's time."""
+
+    def __init__(self, seed: int, count: int, shape: tuple[int, ...]):
+        self.seed, self.count, self.shape = seed, count, shape
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        keys = table.column("key").to_pylist()
+        draws = np.empty((len(keys), self.count, *self.shape), np.float32)
+        for index, key in enumerate(keys):
+            draws[index] = scoring_noise(self.seed, key, self.count, self.shape)
+        field = tables.arrow_schema({"noise": "tensor"}, {"noise": ("float32", draws.shape[1:])}).field("noise")
+        return table.append_column(field, tables.tensor_column(draws))
+
+
+def stream(
+    units: list[dict[str, Any]],
+    data: DataConfig,
+    share: Share,
+    actor: type,
+    actor_args: dict[str, Any],
+    extend: Extend | None = None,
+    keep_bytes: bool = False,
+) -> Iterator[tuple[dict[str, Any], pa.Table]]:
     """Runs every unit through decoding and `actor`, yielding (unit, result) in any order.
 
     Args:
@@ -40,7 +66,7 @@ def stream(units: list[dict[str, Any]], data: DataConfig, share: Share, actor: t
     dataset = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
     dataset = dataset.map_batches(
         _decode, batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
-        fn_kwargs={"data": data, "extend": extend, "keep_bytes": keep_bytes}, num_cpus=0.5,
+        fn_kwargs={"data": data, "extend": extend, "keep_bytes": keep_bytes}, num_cpus=1,
     )  # fmt: skip
     dataset = dataset.map_batches(
         actor, batch_size=1, batch_format="pyarrow", zero_copy_batch=True,

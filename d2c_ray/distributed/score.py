@@ -11,28 +11,24 @@ from d2c_ray.config import Config
 from d2c_ray.data import tables, units
 from d2c_ray.distributed.actors import Scorer
 from d2c_ray.distributed.cluster import Share
-from d2c_ray.distributed.ingest import stream
+from d2c_ray.distributed.ingest import AddNoise, stream
 from d2c_ray.progress import Progress
 from d2c_ray.rejects import Rejects
 from d2c_ray.selection import difficulty
 
 
-class AddNoise:
-    """Draws each image's scoring noise in the decode task, where cores are cheaper than the accelerator's time."""
-
-    def __init__(self, seed: int, count: int, shape: tuple[int, ...]):
-        self.seed, self.count, self.shape = seed, count, shape
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        keys = table.column("key").to_pylist()
-        draws = np.empty((len(keys), self.count, *self.shape), np.float32)
-        for index, key in enumerate(keys):
-            draws[index] = difficulty.noise(self.seed, key, self.count, self.shape)
-        field = tables.arrow_schema({"noise": "tensor"}, {"noise": ("float32", draws.shape[1:])}).field("noise")
-        return table.append_column(field, tables.tensor_column(draws))
-
-
-def score(config: Config, manifest: list[Path], teacher: Path, kind: str, latent_shape: tuple[int, ...], out: Path, share: Share, rejects: Rejects, progress: Progress, metadata: dict[str, Any]) -> None:
+def score(
+    config: Config,
+    manifest: list[Path],
+    teacher: Path,
+    kind: str,
+    latent_shape: tuple[int, ...],
+    out: Path,
+    share: Share,
+    rejects: Rejects,
+    progress: Progress,
+    metadata: dict[str, Any],
+) -> None:
     """Scores every row of the manifest that has no finished shard in `out`.
 
     A shard is written when its last row has come back; one that is there already is not read again.

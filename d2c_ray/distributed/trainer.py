@@ -40,10 +40,12 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
     text = dataset.text
     vision_width = dataset.arrays["vision"].shape[-1] if "vision" in dataset.arrays and options.align_weight > 0 else 0
     num_classes = max(1, len(facts["class_names"]))
-    spec = latents.transformer_spec(model, facts["latent"], num_classes, (text[0].shape[1], text[0].shape[2]) if text else None, vision_width)
+    spec = latents.transformer_spec(
+        model, facts["latent"], num_classes, (text[0].shape[1], text[0].shape[2]) if text else None, vision_width
+    )
     metrics = job.out / METRICS
     with job.progress(options.num_images, done=_last(metrics).get("images", 0), title=title) as progress, _Watch(metrics, progress):
-        checkpoint = _fit(spec.to_dict(), options, data, job.out, workers, cluster.train_gpus(workers), job.config.resources.threads)
+        checkpoint = _fit(spec.to_dict(), options, data, job.out, workers, cluster.train_on_gpus(), job.config.resources.threads)
     _export(job, checkpoint, spec, options, facts, text)
     condensed.drop_cache(data)
     return str((job.out / "model").absolute())
@@ -70,7 +72,13 @@ def _fit(spec: dict[str, Any], train: TrainConfig, condensed: Path, out: Path, w
     """
     result = TorchTrainer(
         _worker,
-        train_loop_config={"spec": spec, "train": asdict(train), "condensed": str(condensed), "metrics": str(out / METRICS), "threads": threads},
+        train_loop_config={
+            "spec": spec,
+            "train": asdict(train),
+            "condensed": str(condensed),
+            "metrics": str(out / METRICS),
+            "threads": threads,
+        },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=RunConfig(
             # The same name and path find the checkpoints of an interrupted run.

@@ -3,7 +3,9 @@
 import numpy as np
 
 
-def label_agreement(real: np.ndarray, real_labels: np.ndarray, held_out: np.ndarray, held_out_labels: np.ndarray, generated: np.ndarray, asked: np.ndarray) -> tuple[float, float] | None:
+def label_agreement(
+    real: np.ndarray, real_labels: np.ndarray, held_out: np.ndarray, held_out_labels: np.ndarray, generated: np.ndarray, asked: np.ndarray
+) -> tuple[float, float] | None:
     """Share of generated images whose probed class is the one asked, and the probe's accuracy on held-out real images.
 
     None where the real images have one class only.

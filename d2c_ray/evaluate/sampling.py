@@ -28,7 +28,9 @@ def draw_labels(indices: Tensor, num_classes: int, class_draw: str, seed: int) -
 def image_noise(seed: int, indices: Tensor, draw: int, shape: tuple[int, ...]) -> Tensor:
     """Draw number `draw` of each image's noise, float32 N x shape: 0 is the starting point."""
     rows = [
-        np.random.Generator(np.random.Philox(key=derive(seed, "sample", int(i)), counter=[0, 0, 0, draw])).standard_normal(shape, np.float32)
+        np.random.Generator(np.random.Philox(key=derive(seed, "sample", int(i)), counter=[0, 0, 0, draw])).standard_normal(
+            shape, np.float32
+        )
         for i in indices
     ]
     return torch.from_numpy(np.stack(rows))

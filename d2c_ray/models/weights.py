@@ -41,7 +41,9 @@ class Student:
         return self.network(x, t, label, **condition)
 
 
-def save(folder: Path, spec: TransformerSpec, weights: dict[str, dict[str, Tensor]], meta: dict[str, Any], text: dict[str, Tensor] | None) -> None:
+def save(
+    folder: Path, spec: TransformerSpec, weights: dict[str, dict[str, Tensor]], meta: dict[str, Any], text: dict[str, Tensor] | None
+) -> None:
     """Writes a model folder.
 
     Args:
@@ -65,7 +67,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     path = folder / META
     if not path.is_file():
-        raise UserError(f"'{folder}' holds no {META}: a model folder is what training leaves in train-<hash>/model or teacher-<hash>/model.")
+        raise UserError(
+            f"'{folder}' holds no {META}: a model folder is what training leaves in train-<hash>/model or teacher-<hash>/model."
+        )
     try:
         meta = json.loads(path.read_text())
         known = {field.name for field in fields(TransformerSpec)}

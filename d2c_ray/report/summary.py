@@ -1,1 +1,63 @@
-def print_summary(plan): pass
+"""What the commands print when they are done."""
+
+from d2c_ray.plan import Node, Plan
+from d2c_ray.progress import clock
+from d2c_ray.report import gather, html
+
+
+def print_summary(plan: Plan) -> None:
+    """The table of what was measured, what must be known to read it, and where the report is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    arms = gather.arms(plan)
+    table = Table(title=f"{plan.folder.name}: measured in {arms[0].metrics['record']['network']}", title_justify="left")
+    for name in ("", "Fréchet distance", "precision", "recall", "label agreement", "images"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in html.result_rows(arms):
+        agreement = f"{row['agreement']:.1%}" if row["agreement"] is not None else "-"
+        style = "bold" if row["kind"] == "student" else None
+        table.add_row(
+            row["name"],
+            _number(row["frechet"], 1),
+            _number(row["precision"], 3),
+            _number(row["recall"], 3),
+            agreement,
+            f"{row['count']:,}",
+            style=style,
+        )
+    console.print(table)
+    for arm in arms:
+        console.print(f"{arm.name}: {clock(arm.total_seconds)} in all, {clock(arm.seconds['train'] or 0)} of it training")
+    for notice in html.notices(plan, arms):
+        console.print(f"note: {notice}")
+    console.print(f"report: {plan.folder / 'report.html'}", soft_wrap=True)
+
+
+def print_selection(node: Node) -> None:
+    """Quota, shortfall and score range by class."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for name in ("class", "images", "chosen", "nominal f", "deepest rank", "score from", "to"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    rows = node.dir.success()["facts"]["classes"]
+    for row in rows[:40]:
+        table.add_row(
+            row["name"] or str(row["label"]),
+            str(row["size"]),
+            str(row["quota"]),
+            _number(row["nominal_f"], 3),
+            _number(row["deepest_rank"], 3),
+            _number(row["score_min"], 4),
+            _number(row["score_max"], 4),
+        )
+    Console(width=None if Console().is_terminal else 120).print(table)
+    if len(rows) > 40:
+        print(f"... and {len(rows) - 40} more classes, in {node.folder}/_SUCCESS.json")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if value is not None else "-"

@@ -13,7 +13,6 @@ from torch import Tensor
 from d2c_ray.diffusion import ddpm, flow
 from d2c_ray.models.frozen import in_batches
 from d2c_ray.models.weights import Student
-from d2c_ray.seeding import derive
 
 CONVENTIONS = {"dit": "noise", "sit": "velocity"}
 
@@ -21,15 +20,6 @@ CONVENTIONS = {"dit": "noise", "sit": "velocity"}
 def timesteps(kind: str, count: int, t_min: float, t_max: float) -> Tensor:
     """T: midpoints of equal strata, integers for a DiT, floats in [0, 1] for a SiT."""
     return (ddpm if kind == "dit" else flow).score_timesteps(count, t_min, t_max)
-
-
-def noise(seed: int, key: str, count: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The noise of one image's draws 0..count-1, float32 count x shape: a pure function of (seed, key, draw index)."""
-    draws = np.empty((count, *shape), np.float32)
-    philox = derive(seed, "score", key)
-    for index in range(count):
-        draws[index] = np.random.Generator(np.random.Philox(key=philox, counter=[0, 0, 0, index])).standard_normal(shape, np.float32)
-    return draws
 
 
 def errors(teacher: Student, z: Tensor, label: Tensor, draws: Tensor, t: Tensor, device_batch: int, bf16: bool) -> Tensor:
@@ -54,7 +44,9 @@ def errors(teacher: Student, z: Tensor, label: Tensor, draws: Tensor, t: Tensor,
         return (prediction.float() - target).square().flatten(1).mean(1).cpu()
 
     with torch.inference_mode():
-        pairs = in_batches(run, device_batch, z.repeat_interleave(steps, 0), label.repeat_interleave(steps), draws.flatten(0, 1), t.repeat(count))
+        pairs = in_batches(
+            run, device_batch, z.repeat_interleave(steps, 0), label.repeat_interleave(steps), draws.flatten(0, 1), t.repeat(count)
+        )
     return pairs.reshape(count, steps)
 
 

@@ -25,9 +25,13 @@ def quotas(sizes: np.ndarray, budget: int, balance: str) -> np.ndarray:
     sizes = np.asarray(sizes, np.int64)
     present = np.flatnonzero(sizes)
     if budget > sizes.sum():
-        raise UserError(f"select.budget asks for {budget} images; there are {sizes.sum()}. A budget up to {sizes.sum()} (or a share up to 1) would do.")
+        raise UserError(
+            f"select.budget asks for {budget} images; there are {sizes.sum()}. A budget up to {sizes.sum()} (or a share up to 1) would do."
+        )
     if budget < len(present):
-        raise UserError(f"select.budget asks for {budget} images of {len(present)} classes, under one a class; {len(present)} or more would do.")
+        raise UserError(
+            f"select.budget asks for {budget} images of {len(present)} classes, under one a class; {len(present)} or more would do."
+        )
     wanted = np.zeros(len(sizes), np.int64)
     if balance == "equal":
         wanted[present] = budget // len(present)
@@ -70,7 +74,9 @@ def by_class(labels: np.ndarray, sample_ids: np.ndarray, scores: np.ndarray) -> 
     """
     broken = ~np.isfinite(scores)
     if broken.any():
-        raise UserError(f"{broken.sum()} scores are not finite, the first of sample_id {sample_ids[broken][:5].tolist()}: the teacher gives no number for them. Score again with another teacher or in fp32.")
+        raise UserError(
+            f"{broken.sum()} scores are not finite, the first of sample_id {sample_ids[broken][:5].tolist()}: the teacher gives no number for them. Score again with another teacher or in fp32."
+        )
     order = np.lexsort((sample_ids, scores, labels))
     borders = np.flatnonzero(np.diff(labels[order])) + 1
     for rows in np.split(order, borders):

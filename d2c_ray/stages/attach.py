@@ -27,13 +27,17 @@ def run(job: Job) -> Result:
 
     latent = latents.latent_facts(config)
     rejects = Rejects("attach", len(rows), 1.0)
-    share = cluster.share(config.resources, job.side_by_side)
+    share = cluster.share(config.resources, job.places)
     with job.progress(len(rows)) as progress:
-        facts = attach.attach(config, config.attach, [job.out / ROWS], latents.grid_side(latent, config.model), job.out, share, rejects, progress, True)
+        facts = attach.attach(
+            config, config.attach, [job.out / ROWS], latents.grid_side(latent, config.model), job.out, share, rejects, progress, True
+        )
     rejects.write(job.out)
     if rejects.rows:
         row = rejects.rows[0]
-        raise UserError(f"attach: {len(rejects.rows)} chosen images can no longer be read, the first {row['key']}: {row['reason']}. They were readable when they were scored; has the source changed?")
+        raise UserError(
+            f"attach: {len(rejects.rows)} chosen images can no longer be read, the first {row['key']}: {row['reason']}. They were readable when they were scored; has the source changed?"
+        )
     cosines = [part["vision_cosine_min"] for part in facts if part["vision_cosine_min"] is not None]
     return Result(
         len(rows), sum(part["rows"] for part in facts), 0,

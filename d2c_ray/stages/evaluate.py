@@ -18,7 +18,7 @@ def run(job: Job) -> Result:
     config = job.config
     subset_rows = job.inputs["attach"].path / "rows.parquet"
     sampled, subset = config.sample.num_images, job.inputs["attach"].success()["rows_done"]
-    share = cluster.share(config.resources, job.side_by_side)
+    share = cluster.share(config.resources, job.places)
     rejects = Rejects("evaluate", sampled + subset, 0.0)
     with job.progress(sampled + subset) as progress:
         embed.embed_samples(config, job.inputs["sample"].parts(), job.out / "samples.parquet", share, rejects, progress)

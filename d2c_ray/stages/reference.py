@@ -20,7 +20,13 @@ def run(job: Job) -> Result:
     tables.write(job.out / "rows.parquet", table, {}, embed.ROWS_PER_UNIT)
     rejects = Rejects("reference", len(table), config.data.max_rejected)
     with job.progress(len(table)) as progress:
-        embed.embed_rows(config, job.out / "rows.parquet", job.out / "features.parquet", cluster.share(config.resources, job.side_by_side), rejects, progress)
+        embed.embed_rows(
+            config, job.out / "rows.parquet", job.out / "features.parquet", cluster.share(config.resources, job.places), rejects, progress
+        )
     rejects.write(job.out)
-    facts = {"held_out_ids": sorted(int(i) for i in order[:held_out]), "reference": len(chosen) - held_out, "network": config.evaluate.network}
+    facts = {
+        "held_out_ids": sorted(int(i) for i in order[:held_out]),
+        "reference": len(chosen) - held_out,
+        "network": config.evaluate.network,
+    }
     return Result(len(table), len(table) - len(rejects.rows), len(rejects.rows), facts)

@@ -14,7 +14,7 @@ UNIT_BATCHES = 2  # device batches a part
 def run(job: Job) -> Result:
     config, trained = job.config, job.facts("train")
     sample = config.sample
-    share = cluster.share(config.resources, job.side_by_side)
+    share = cluster.share(config.resources, job.places)
     per_unit = sample.device_batch * UNIT_BATCHES
     parts = [
         {"unit": index, "start": start, "stop": min(start + per_unit, sample.num_images)}
@@ -22,7 +22,14 @@ def run(job: Job) -> Result:
     ]
     work = [unit for unit in parts if not (job.out / f"part-{unit['unit']:06d}.parquet").is_file()]
     finished = sum(unit["stop"] - unit["start"] for unit in parts if unit not in work)
-    actor_args = {"model": trained["model"], "out": str(job.out), "sample": sample, "vae": config.vae, "device": share.device, "threads": share.threads}
+    actor_args = {
+        "model": trained["model"],
+        "out": str(job.out),
+        "sample": sample,
+        "vae": config.vae,
+        "device": share.device,
+        "threads": share.threads,
+    }
     with job.progress(sample.num_images, done=finished) as progress:
         for _, result in pool.run_pool(Sampler, actor_args, work, share):
             progress.advance(result["rows"])

@@ -26,10 +26,26 @@ def run(job: Job) -> Result:
     rejects = Rejects("score", data["rows"], config.data.max_rejected)
     shape = (latent["channels"], latent["side"], latent["side"])
     with job.progress(data["rows"]) as progress:
-        scoring.score(config, job.inputs["manifest"].parts(), Path(teacher["model"]), teacher["kind"], shape, job.out, cluster.share(config.resources), rejects, progress, metadata)
+        scoring.score(
+            config,
+            job.inputs["manifest"].parts(),
+            Path(teacher["model"]),
+            teacher["kind"],
+            shape,
+            job.out,
+            cluster.share(config.resources, job.places),
+            rejects,
+            progress,
+            metadata,
+        )
     rejects.write(job.out)
     table = tables.read(sorted(job.out.glob("part-*.parquet")), ["label", "errors"])
     errors = table.column("errors").combine_chunks().flatten().to_numpy().reshape(-1, len(t))
     stability = difficulty.rank_stability(errors, table.column("label").to_numpy(), t, teacher["kind"])
-    facts = {**metadata, "rank_stability": stability, "needed_timesteps": difficulty.needed_timesteps(stability, len(t)) if stability else None, "mean_error": float(np.mean(errors))}
+    facts = {
+        **metadata,
+        "rank_stability": stability,
+        "needed_timesteps": difficulty.needed_timesteps(stability, len(t)) if stability else None,
+        "mean_error": float(np.mean(errors)),
+    }
     return Result(data["rows"], len(table), len(rejects.rows), facts)

@@ -18,7 +18,9 @@ def run(job: jobs.Job) -> jobs.Result:
     if config.teacher.checkpoint:
         folder = checked_checkpoint(config)
         meta = weights.read_meta(folder)
-        return jobs.Result(data["rows"], data["rows"], 0, {"model": str(folder.absolute()), "kind": meta["spec"]["kind"], "trained_here": False})
+        return jobs.Result(
+            data["rows"], data["rows"], 0, {"model": str(folder.absolute()), "kind": meta["spec"]["kind"], "trained_here": False}
+        )
 
     # Everything in the form the training loop reads, without attachments.
     whole = job.out / "data"
@@ -27,9 +29,19 @@ def run(job: jobs.Job) -> jobs.Result:
     rejects = Rejects("teacher", data["rows"], config.data.max_rejected)
     if not (whole / SUCCESS).is_file():
         grid = latents.grid_side(latent, config.teacher.model)
-        share = cluster.share(config.resources)
+        share = cluster.share(config.resources, job.places)
         with job.progress(data["rows"], title="teacher: read images") as progress:
-            parts = attach.attach(config, AttachConfig(rows_per_part=ROWS_PER_PART), job.inputs["manifest"].parts(), grid, whole, share, rejects, progress, False)
+            parts = attach.attach(
+                config,
+                AttachConfig(rows_per_part=ROWS_PER_PART),
+                job.inputs["manifest"].parts(),
+                grid,
+                whole,
+                share,
+                rejects,
+                progress,
+                False,
+            )
         facts = {
             "class_names": data["class_names"], "flip": config.data.flip, "latent": latent, "fingerprint": f"{job.fingerprint}-all",
             "rows": sum(part["rows"] for part in parts), "rejected": rejects.rows,
@@ -39,4 +51,6 @@ def run(job: jobs.Job) -> jobs.Result:
     rejected = trainer.condensed_facts(whole)["rejected"]
     done = data["rows"] - len(rejected)
     spec = weights.read_meta(Path(model))["spec"]
-    return jobs.Result(data["rows"], done, len(rejected), {"model": model, "kind": spec["kind"], "trained_here": True, "metrics": "metrics.jsonl"})
+    return jobs.Result(
+        data["rows"], done, len(rejected), {"model": model, "kind": spec["kind"], "trained_here": True, "metrics": "metrics.jsonl"}
+    )

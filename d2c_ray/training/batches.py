@@ -79,7 +79,15 @@ def image_order(seed: int, start: int, stop: int, count: int) -> np.ndarray:
 
 
 def draw(
-    seed: int, step: int, first: int, count: int, shape: tuple[int, int, int], dropout: float, flip: bool, posterior: bool, device: torch.device
+    seed: int,
+    step: int,
+    first: int,
+    count: int,
+    shape: tuple[int, int, int],
+    dropout: float,
+    flip: bool,
+    posterior: bool,
+    device: torch.device,
 ) -> Draws:
     """Randomness of positions `first` to `first + count` of a step's global batch; `first` is a multiple of BLOCK."""
     parts: list[tuple[Tensor, ...]] = []
@@ -107,7 +115,7 @@ def gather(data: TrainingSet, rows: np.ndarray, draws: Draws, align: bool) -> Ma
 
     Returns:
         z: B x C x H x W, float32: pixels in [-1, 1], or scaled latents drawn from their posterior. label: B, the null
-        class where dropped. vision: B x L x V float32, where `align`.
+        class where dropped. vision: B x L x V float32 up to a scale a token, where `align`.
     """
     device = draws.noise.device
     flipped = draws.flip.cpu().numpy()
@@ -131,7 +139,9 @@ def gather(data: TrainingSet, rows: np.ndarray, draws: Draws, align: bool) -> Ma
 def _vision(data: TrainingSet, rows: np.ndarray, flipped: np.ndarray) -> Tensor:
     assert data.vision is not None
     side = flipped.astype(np.int64) if data.flip else np.zeros(len(rows), np.int64)
-    return dequantise(data.vision[rows, side], None if data.vision_scale is None else data.vision_scale[rows, side])
+    tokens = data.vision[rows, side]
+    # The loss is a cosine, which a positive scale a token does not change: int8 tokens need none here.
+    return dequantise(tokens, None) if tokens.dtype == np.uint16 else torch.from_numpy(tokens).float()
 
 
 def dequantise(tokens: np.ndarray, scale: np.ndarray | None) -> Tensor:

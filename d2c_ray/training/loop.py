@@ -65,7 +65,9 @@ def train(
     run_model: torch.nn.Module = model
     if world_size > 1:
         run_model = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=data.vision is not None and bool(config.align_until)
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            find_unused_parameters=data.vision is not None and bool(config.align_until),
         )
     objective = OBJECTIVES[spec.kind]
     per_worker = config.batch_size // world_size

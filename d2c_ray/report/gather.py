@@ -1,0 +1,112 @@
+"""What the report shows, read back from a finished run's folders."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from d2c_ray.config import get
+from d2c_ray.data import tables, units
+from d2c_ray.data.decode import decode
+from d2c_ray.plan import Node, Plan
+from d2c_ray.selection.baselines import NEEDS_SCORES
+
+# In the order of the bill; 'reference' and 'evaluate' are measuring, not making.
+BILL = ("manifest", "teacher", "score", "select", "attach", "train", "sample", "reference", "evaluate")
+
+
+@dataclass
+class Arm:
+    """One student and everything measured of it."""
+
+    name: str
+    nodes: dict[str, Node]
+    metrics: dict[str, Any]
+    curve: list[dict[str, Any]]
+    chosen: pa.Table
+    selector: str
+    seconds: dict[str, float | None]  # None: this arm would not have needed the stage
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(value for value in self.seconds.values() if value is not None)
+
+
+def arms(plan: Plan) -> list[Arm]:
+    """Every arm of a finished plan, in the order of the configuration."""
+    found = []
+    for name, nodes in plan.arms.items():
+        selector = nodes["select"].config.select.selector
+        free = () if selector in NEEDS_SCORES else ("teacher", "score")
+        found.append(
+            Arm(
+                name=name,
+                nodes=nodes,
+                metrics=json.loads((nodes["evaluate"].folder / "metrics.json").read_text()),
+                curve=read_curve(nodes["train"].folder / "metrics.jsonl"),
+                chosen=tables.read(nodes["select"].dir.parts()),
+                selector=selector,
+                seconds={stage: None if stage in free else nodes[stage].dir.success()["seconds"] for stage in BILL},
+            )
+        )
+    return found
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The metrics of a training, a dictionary a line."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+
+
+def scores(plan: Plan) -> pa.Table:
+    """sample_id, label and score of every scored image."""
+    node = plan.of("score")[0]
+    return tables.read(node.dir.parts(), ["sample_id", "label", "score"])
+
+
+def images(plan: Plan, sample_ids: np.ndarray) -> dict[int, np.ndarray]:
+    """Decoded pixels (H x W x C) of some images of the source, by sample_id."""
+    manifest = plan.of("manifest")[0]
+    wanted = pa.array(np.unique(sample_ids))
+    found: dict[int, np.ndarray] = {}
+    for path in manifest.dir.parts():
+        rows = tables.read(path)
+        decoded, _ = units.decode_rows(rows.filter(pc.is_in(rows.column("sample_id"), wanted)), plan.config.data)
+        found |= dict(zip(decoded.column("sample_id").to_pylist(), units.pixels_of(decoded), strict=True))
+    return found
+
+
+def samples(plan: Plan, arm: Arm, count: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Labels and pixels of an arm's first generated images."""
+    labels, pixels = [], []
+    data = plan.config.data
+    for path in arm.nodes["sample"].dir.parts():
+        table = tables.read(path)
+        for label, image in zip(table.column("label").to_pylist(), table.column("image").to_pylist(), strict=True):
+            labels.append(label)
+            pixels.append(decode(image, data.image_size, data.channels, data.max_pixels))
+            if len(labels) == count:
+                return np.asarray(labels), pixels
+    return np.asarray(labels), pixels
+
+
+def shown_classes(plan: Plan) -> list[tuple[int, str]]:
+    """The classes whose pictures are shown: spread evenly over the labels that have images."""
+    facts = plan.of("manifest")[0].dir.success()["facts"]
+    labels = [label for label, size in enumerate(facts["class_counts"]) if size]
+    count = min(plan.config.report.classes, len(labels))
+    picked = [labels[round(i * (len(labels) - 1) / max(1, count - 1))] for i in range(count)]
+    return [(label, facts["class_names"][label] or f"label {label}") for label in picked]
+
+
+def differences(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
+    """Configuration keys in which the arms differ, with each arm's value."""
+    from d2c_ray.config import describe
+
+    configs = {name: nodes["train"].config for name, nodes in plan.arms.items()}
+    keys = [key for key in describe() if key != "arms"]
+    rows = [(key, {name: get(config, key) for name, config in configs.items()}) for key in keys]
+    return [(key, values) for key, values in rows if len({json.dumps(value) for value in values.values()}) > 1]

@@ -1,0 +1,97 @@
+"""The report's figures, as SVG text."""
+
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from d2c_ray.report.gather import Arm
+
+matplotlib.use("Agg")
+
+COLOURS = ("#1f5fbf", "#d9822b", "#3a8f5c", "#8a4fbf", "#b5373c", "#4d7c8a")
+GREY = "#c9ced6"
+STYLE = {
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#7a828e", "axes.labelcolor": "#333a44",
+    "xtick.color": "#555d69", "ytick.color": "#555d69", "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "d2c",
+    "font.family": "sans-serif", "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+
+def score_histogram(scores: np.ndarray, labels: np.ndarray, sample_ids: np.ndarray, arms: list[Arm], classes: list[tuple[int, str]]) -> str:
+    """Histogram of all scores with each arm's chosen ones over it, and the chosen ranks of each class."""
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, (top, bottom) = plt.subplots(
+            2, 1, figsize=(9, 3.2 + 0.24 * len(classes) * len(arms)), height_ratios=[2.6, 0.24 * len(classes) * len(arms) + 0.6]
+        )
+        shown = np.clip(scores, None, np.quantile(scores, 0.995))  # a few outliers would flatten the rest
+        bins = np.histogram_bin_edges(shown, bins=60)
+        top.hist(shown, bins=bins, color=GREY, label=f"all {len(scores):,} images")
+        for index, arm in enumerate(arms):
+            chosen = np.isin(sample_ids, arm.chosen.column("sample_id").to_numpy())
+            top.hist(
+                shown[chosen], bins=bins, histtype="step", linewidth=1.6, color=_colour(index), label=f"{arm.name}: {chosen.sum():,} chosen"
+            )
+        top.set_xlabel("difficulty score (noise-prediction error), harder to the right")
+        top.set_ylabel("images")
+        top.legend(loc="upper right")
+        names = []
+        for row, (label, name) in enumerate(classes):
+            for index, arm in enumerate(arms):
+                mine = arm.chosen.filter(_equal(arm.chosen.column("label"), label))
+                height = -(row * len(arms) + index) - 0.35 * row
+                x = (mine.column("rank").to_numpy() + 0.5) / np.maximum(mine.column("class_size").to_numpy(), 1)
+                bottom.hlines(height, 0, 1, color="#e6e9ee", linewidth=5, zorder=0)
+                bottom.scatter(x, np.full(len(x), height), marker="|", s=42, linewidths=1.1, color=_colour(index))
+            names.append((-(row * len(arms) + (len(arms) - 1) / 2) - 0.35 * row, name))
+        bottom.set_yticks([height for height, _ in names], [name if len(name) < 22 else name[:20] + "…" for _, name in names])
+        bottom.tick_params(axis="y", length=0)
+        bottom.set_xlim(-0.005, 1.005)
+        bottom.set_xlabel("rank in the class, easiest 0 to hardest 1; a mark is a chosen image")
+        bottom.spines["left"].set_visible(False)
+        return _svg(figure)
+
+
+def training_curves(arms: list[Arm]) -> str:
+    """Loss of the students, and their alignment loss where there is one, by images shown."""
+    from matplotlib import pyplot as plt
+
+    aligned = [arm for arm in arms if any(point["loss_align"] for point in arm.curve)]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2 if aligned else 1, figsize=(9, 2.9), squeeze=False)
+        for index, arm in enumerate(arms):
+            images = [point["images"] for point in arm.curve]
+            axes[0, 0].plot(images, [point["loss"] for point in arm.curve], color=_colour(index), label=arm.name)
+            if arm in aligned:
+                axes[0, 1].plot(images, [-point["loss_align"] for point in arm.curve], color=_colour(index), label=arm.name)
+        axes[0, 0].set_ylabel("diffusion loss")
+        axes[0, 0].legend()
+        if aligned:
+            axes[0, 1].set_ylabel("cosine to the vision tokens")
+        for axis in axes[0]:
+            axis.set_xlabel("images shown")
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+        return _svg(figure)
+
+
+def _equal(column: Any, value: int) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.equal(column, value)
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot as plt
+
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    text = out.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,46 @@
+"""Shared by the tests: small real runs on a private local Ray, and the real images where they are at hand."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2c_ray.config import Config, load
+
+ROOT = Path(__file__).resolve().parents[1]
+DEBUG = ROOT / "configs" / "debug.yaml"
+SHARED = ROOT.parent / "shared" / "data"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_ray_folder() -> Iterator[None]:
+    """Ray's own files in a folder of these tests; a short name, since sockets live in it."""
+    folder = tempfile.mkdtemp(prefix="d2c-", dir="/tmp")
+    os.environ["D2C_RAY_TMPDIR"] = folder
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def debug_config(tmp_path: Path):
+    """Gives configs/debug.yaml with a run folder of the test's own and `key=value` changes."""
+
+    def make(*overrides: str) -> Config:
+        return load(DEBUG, [f"run.dir={tmp_path}", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Path:
+    """Folder of real CIFAR-10 Parquet files."""
+    folder = SHARED / "cifar10"
+    if not folder.is_dir():
+        pytest.skip(f"the real CIFAR-10 images are not at {folder}")
+    return folder

