@@ -8,20 +8,11 @@ import typer
 
 from d2c_ray.errors import UserError
 
-app = typer.Typer(
-    name="d2c", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
-    help="""Diffusion Dataset Condensation on Ray: choose the few percent of a dataset that train a diffusion transformer, attach
-what helps it learn, train it, and say honestly what that bought.
-
-[bold]Example:[/bold] d2c run configs/quickstart.yaml""",
-)  # fmt: skip
-
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of what differs from the defaults; see configs/.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes on top of the file, for example select.budget=500.")
-]
-
-STAGES = {
+COMMANDS = {
+    "run": (
+        "Run the whole pipeline, from the images to the report; the same command again goes on where it stopped.",
+        "d2c run configs/quickstart.yaml select.budget=500",
+    ),
     "manifest": (
         "List every image of the source with its label and where its bytes are.",
         "d2c manifest configs/cifar10.yaml data.path=/data/cifar10",
@@ -43,37 +34,54 @@ STAGES = {
     "sample": ("Generate images with the trained students.", "d2c sample configs/quickstart.yaml sample.guidance=2"),
     "evaluate": ("Measure the images, beside the floor and what real images score.", "d2c evaluate configs/quickstart.yaml"),
     "report": ("Run whatever is missing and write report.html.", "d2c report configs/quickstart.yaml"),
+    "config": ("Print the whole configuration as it would run, defaults included.", "d2c config configs/cifar10.yaml train.lr=2e-4"),
 }
+
+# Plain help: typer's own layout imports rich, which takes longer than everything else together.
+app = typer.Typer(
+    name="d2c",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Diffusion Dataset Condensation on Ray: choose the few percent of a dataset that train a diffusion transformer, attach what "
+    "helps it learn, train it, and say honestly what that bought.",
+    epilog="\b\nExamples:\n" + "\n".join(f"  {example}" for _, example in COMMANDS.values()),
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of what differs from the defaults; see configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes on top of the file, for example select.budget=500.")
+]
+
+
+def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command with its line of `COMMANDS`, and its example below its help."""
+    summary, example = COMMANDS[name]
+    needs = "" if name in ("run", "config") else "\n\nRuns what it needs first and is not there yet."
+    return app.command(name, help=summary + needs, short_help=summary, epilog=f"\b\nExample:\n  {example}")
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
     def command(config: ConfigPath, overrides: Overrides = None) -> None:
         _run(config, overrides, stage)
 
-    summary, example = STAGES[stage]
-    command.__doc__ = f"{summary}\n\nRuns what it needs first and is not there yet.\n\n[bold]Example:[/bold] {example}"
     return command
 
 
-@app.command()
+@_command("run")
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Run the whole pipeline, from the images to the report; the same command again goes on where it stopped.
-
-    [bold]Example:[/bold] d2c run configs/quickstart.yaml select.budget=500
-    """
     _run(config, overrides, "report")
 
 
-for _stage in STAGES:
-    app.command(_stage)(_stage_command(_stage))
+for _name in COMMANDS:
+    if _name not in ("run", "config"):
+        _command(_name)(_stage_command(_name))
 
 
-@app.command()
+@_command("config")
 def config(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print the whole configuration as it would run, defaults included.
-
-    [bold]Example:[/bold] d2c config configs/cifar10.yaml train.lr=2e-4
-    """
     from d2c_ray.config import load, to_yaml
 
     print(to_yaml(load(config, overrides or [])), end="")

@@ -24,7 +24,14 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    network = AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=2, norm_num_groups=4, sample_size=16)
+    network = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
     folder = tmp_path_factory.mktemp("vae")
     network.save_pretrained(folder)
     return folder

@@ -52,7 +52,9 @@ def test_alpha_is_laid_over_white() -> None:
 
 
 def test_exif_rotation_is_applied() -> None:
-    image = Image.fromarray(np.concatenate([np.zeros((16, 8, 3), np.uint8), np.full((16, 8, 3), 255, np.uint8)], 1))  # dark left, light right
+    image = Image.fromarray(
+        np.concatenate([np.zeros((16, 8, 3), np.uint8), np.full((16, 8, 3), 255, np.uint8)], 1)
+    )  # dark left, light right
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: dark top, light bottom
     decoded = decode(encoded(image, "PNG", exif=exif), 16, 3, 10**6)

@@ -45,7 +45,10 @@ def test_bits_do_not_depend_on_how_rows_arrive() -> None:
     model, (z, label, draws), t = teacher("sit"), inputs(13, 5), difficulty.timesteps("sit", 5, 0.0, 1.0)
     whole = difficulty.errors(model, z, label, draws, t, device_batch=16, bf16=False)
     for size in (1, 7):
-        pieces = [difficulty.errors(model, z[i : i + size], label[i : i + size], draws[i : i + size], t, device_batch=16, bf16=False) for i in range(0, 13, size)]
+        pieces = [
+            difficulty.errors(model, z[i : i + size], label[i : i + size], draws[i : i + size], t, device_batch=16, bf16=False)
+            for i in range(0, 13, size)
+        ]
         assert torch.equal(torch.cat(pieces), whole)
     order = torch.randperm(13, generator=torch.Generator().manual_seed(2))
     assert torch.equal(difficulty.errors(model, z[order], label[order], draws[order], t, device_batch=16, bf16=False), whole[order])
@@ -84,5 +87,5 @@ def test_needed_timesteps_inverts_spearman_brown() -> None:
     """A measure of reliability 0.2 a timestep: r_n = n r / (1 + (n - 1) r)."""
     at_8 = 8 * 0.2 / (1 + 7 * 0.2)
     assert difficulty.needed_timesteps(at_8, 8) == 36
-    assert 36 * 0.2 / (1 + 35 * 0.2) == pytest.approx(0.9)
+    assert pytest.approx(0.9) == 36 * 0.2 / (1 + 35 * 0.2)
     assert difficulty.needed_timesteps(-0.1, 8) is None

@@ -47,7 +47,9 @@ def test_variational_bound_is_the_gaussian_kl() -> None:
     for i, step in enumerate(t.tolist()):
         x0_weight, xt_weight = constants["posterior_x0"][step], constants["posterior_xt"][step]
         x0 = (x_t[i] - constants["sigma"][step] * predicted[i]) / constants["alpha"][step]
-        spread = torch.exp(0.5 * ((v[i] + 1) / 2 * constants["log_beta"][step] + (1 - v[i]) / 2 * constants["posterior_log_variance"][step]))
+        spread = torch.exp(
+            0.5 * ((v[i] + 1) / 2 * constants["log_beta"][step] + (1 - v[i]) / 2 * constants["posterior_log_variance"][step])
+        )
         true = Normal(x0_weight * z[i] + xt_weight * x_t[i], torch.exp(0.5 * constants["posterior_log_variance"][step]))
         expected = kl_divergence(true, Normal(x0_weight * x0 + xt_weight * x_t[i], spread)).mean() / math.log(2)
         found = ddpm.variational_bound(predicted, v, z, x_t, t)[i]

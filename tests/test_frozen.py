@@ -74,7 +74,13 @@ def test_model_folder_survives_and_refuses_what_does_not_fit(tmp_path: Path) -> 
     spec = TransformerSpec("sit", 8, 1, 2, 1, 32, 2, 3, text_tokens=4, text_width=5)
     network = Transformer(spec)
     states = {"ema": network.state_dict(), "raw": network.state_dict()}
-    weights.save(tmp_path, spec, states, {"class_names": ["a", "b", "c"], "text_strength": 0.5}, {"states": torch.ones(3, 4, 5), "mask": torch.ones(3, 4)})
+    weights.save(
+        tmp_path,
+        spec,
+        states,
+        {"class_names": ["a", "b", "c"], "text_strength": 0.5},
+        {"states": torch.ones(3, 4, 5), "mask": torch.ones(3, 4)},
+    )
     student = weights.load(tmp_path, "raw")
     assert student.text_strength == 0.5
     assert student.predict(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([0, 3])).shape == (2, 1, 8, 8)
@@ -87,7 +93,7 @@ def test_model_folder_survives_and_refuses_what_does_not_fit(tmp_path: Path) -> 
     (tmp_path / "ema.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="cannot be loaded"):
         weights.load(tmp_path)
-    with pytest.raises(UserError, match="holds no model.json"):
+    with pytest.raises(UserError, match=r"holds no model\.json"):
         weights.load(tmp_path / "none")
 
 

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def parquet(path: Path, labels: list[int], column: str = "struct", rows_per_group: int = 2, metadata: dict | None = None) -> None:
-    images = [picture(10 * (index + 1)) for index in range(len(labels))]
+    images = [picture(10 * (index + 1) % 250) for index in range(len(labels))]
     if column == "struct":
         values = pa.array([{"bytes": image, "path": f"{index}.png"} for index, image in enumerate(images)])
     else:
@@ -159,5 +159,5 @@ def _with_labels(folder: Path, labels: list[int]) -> Path:
 
 def test_duplicate_keys_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     source = manifest.Source("folder", folder, ("a_cat/30.png", "b_dog/10.png", "a_cat/30.png"))
-    with pytest.raises(UserError, match="the key 'a_cat/30.png' occurs twice"):
+    with pytest.raises(UserError, match=r"the key 'a_cat/30\.png' occurs twice"):
         manifest.scan(source, DataConfig(path=str(folder)), tmp_path, SILENT)

@@ -33,7 +33,9 @@ def test_f_is_exact_where_floats_are_not() -> None:
         assert interval_ranks(size, count, f=f).tolist() == [int(Fraction(str(f)) * i * size / count) for i in range(count)]
 
 
-@pytest.mark.parametrize(("size", "count", "expected"), [(20, 4, [0, 6, 12, 18]), (5, 5, [0, 1, 2, 3, 4]), (5, 1, [0]), (8, 5, [0, 1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("size", "count", "expected"), [(20, 4, [0, 6, 12, 18]), (5, 5, [0, 1, 2, 3, 4]), (5, 1, [0]), (8, 5, [0, 1, 2, 3, 4])]
+)
 def test_a_class_too_small_for_the_stride_gets_the_largest_that_fits(size: int, count: int, expected: list[int]) -> None:
     assert interval_ranks(size, count, k=10).tolist() == expected
     assert interval_ranks(size, count, f=0.05).tolist() == expected
@@ -48,7 +50,7 @@ def test_interval_never_repeats_or_leaves_the_class() -> None:
         ranks = interval_ranks(size, count, **options)
         assert len(ranks) == count
         assert (np.diff(ranks) > 0).all()
-        assert 0 <= ranks[0]
+        assert ranks[0] >= 0
         assert ranks[-1] < size
 
 
@@ -124,7 +126,10 @@ def test_order_of_the_input_changes_nothing(selector: str) -> None:
     options = SelectConfig(selector=selector, k=3 if selector == "interval" else 0)
 
     def chosen(order: np.ndarray) -> list[list[int]]:
-        return [members.sample_ids[SELECTORS[selector](members, 5, options)].tolist() for _, _, members in rank.by_class(labels[order], ids[order], scores[order])]
+        return [
+            members.sample_ids[SELECTORS[selector](members, 5, options)].tolist()
+            for _, _, members in rank.by_class(labels[order], ids[order], scores[order])
+        ]
 
     assert chosen(np.arange(60)) == chosen(np.random.default_rng(4).permutation(60))
 

@@ -17,14 +17,20 @@ from d2c_ray.models.transformer import TransformerSpec
 from d2c_ray.training import batches, loop, state
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(num_images=32 * 12, batch_size=32, lr=2e-3, ema_decay=0.9, precision="fp32", log_every=32, checkpoint_every=32 * 5, align_weight=0.5)
+CONFIG = TrainConfig(
+    num_images=32 * 12, batch_size=32, lr=2e-3, ema_decay=0.9, precision="fp32", log_every=32, checkpoint_every=32 * 5, align_weight=0.5
+)
 
 
 def dataset(flip: bool = True, latent: bool = False, count: int = 50) -> batches.TrainingSet:
     rng = np.random.default_rng(0)
     sides = 2 if flip else 1
     spaces = (
-        {"latent_mean": rng.normal(size=(count, sides, 2, 8, 8)).astype(np.float16), "latent_std": np.full((count, sides, 2, 8, 8), 0.1, np.float16), "latent_scale": 0.5}
+        {
+            "latent_mean": rng.normal(size=(count, sides, 2, 8, 8)).astype(np.float16),
+            "latent_std": np.full((count, sides, 2, 8, 8), 0.1, np.float16),
+            "latent_scale": 0.5,
+        }
         if latent
         else {"pixels": rng.integers(0, 255, (count, 8, 8, 2), dtype=np.uint8)}
     )
@@ -112,7 +118,10 @@ def test_latents_are_drawn_from_their_posterior_and_scaled() -> None:
     draws = batches.draw(0, 0, 0, 16, (2, 8, 8), 0.0, True, True, CPU)
     z = batches.gather(data, np.arange(16), draws, align=False)["z"]
     side = draws.flip.long().numpy()
-    expected = (data.latent_mean[np.arange(16), side].astype(np.float32) + data.latent_std[np.arange(16), side].astype(np.float32) * draws.posterior.numpy()) * 0.5
+    expected = (
+        data.latent_mean[np.arange(16), side].astype(np.float32)
+        + data.latent_std[np.arange(16), side].astype(np.float32) * draws.posterior.numpy()
+    ) * 0.5
     assert np.allclose(z.numpy(), expected, atol=1e-5)
 
 

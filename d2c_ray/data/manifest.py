@@ -146,7 +146,9 @@ def scan(source: Source, data: DataConfig, out: Path, progress: Any) -> tuple[pa
         )
     labels = np.asarray(columns["label"], np.int32)[order.to_numpy()]
     if labels.min() < 0 <= labels.max():
-        raise UserError(f"data.path={data.path}: {(labels < 0).sum()} images have no label (-1) and others have one. Label all of them, or none (data.label_column=).")
+        raise UserError(
+            f"data.path={data.path}: {(labels < 0).sum()} images have no label (-1) and others have one. Label all of them, or none (data.label_column=)."
+        )
     names = _class_names(class_file(source, data), names, labels)
     table = pa.table(
         {

@@ -1,16 +1,20 @@
 """report.html: one page that needs no other file."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from d2c_ray.config import to_dict
 from d2c_ray.plan import Plan
 from d2c_ray.progress import clock
 from d2c_ray.report import contact_sheet, gather, plots
 from d2c_ray.rundir import versions, write_text
 
+VERSION = 1  # raise it when the page changes
 FEW_SAMPLES = 10_000  # below this a Fréchet distance is dominated by its own bias
 
 
@@ -21,10 +25,21 @@ def write(plan: Plan) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template("page.html.jinja").render(**context(plan))
+    page = environment.get_template("page.html.jinja").render(**context(plan)) + _stamp(plan) + "\n"
     path = plan.folder / "report.html"
     write_text(path, page)
     return path
+
+
+def is_current(plan: Plan) -> bool:
+    """Whether the report in the run's folder was made from the same folders by the same version."""
+    path = plan.folder / "report.html"
+    return path.is_file() and _stamp(plan) in path.read_text()[-200:]
+
+
+def _stamp(plan: Plan) -> str:
+    content = json.dumps([VERSION, to_dict(plan.config.report), [node.name for node in plan.nodes]])
+    return f"<!-- d2c report {hashlib.sha256(content.encode()).hexdigest()[:16]} -->"
 
 
 def context(plan: Plan) -> dict[str, Any]:

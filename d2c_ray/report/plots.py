@@ -91,7 +91,7 @@ def _svg(figure: Any) -> str:
     from matplotlib import pyplot as plt
 
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
+    figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     plt.close(figure)
     text = out.getvalue()
     return text[text.index("<svg") :]

@@ -1,0 +1,56 @@
+"""The command line as a user meets it, without running a stage."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import DEBUG, ROOT
+
+from d2c_ray import cli
+
+
+def d2c(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "d2c_ray.cli", *args], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, json\nfrom d2c_ray import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "print(json.dumps([m for m in ('torch', 'ray', 'pyarrow', 'numpy', 'omegaconf', 'rich', 'transformers') if m in sys.modules]), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stderr) == []
+    assert "Commands:" in done.stdout
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_shows_an_example(command: str) -> None:
+    done = d2c(command, "--help")
+    assert done.returncode == 0
+    assert f"d2c {command} configs/" in done.stdout
+    assert f"d2c {command} configs/" in d2c("--help").stdout
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_examples_of_the_help_load(command: str) -> None:
+    from d2c_ray.config import load
+
+    _, name, path, *overrides = cli.COMMANDS[command][1].split()
+    assert name == command
+    load(ROOT / path, overrides)
+
+
+def test_a_mistake_is_one_line_and_exit_status_2() -> None:
+    done = d2c("run", str(DEBUG), "train.lrr=3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("d2c: unknown configuration key 'train.lrr'; did you mean 'lr'?")
+    assert "Traceback" not in done.stderr
+
+
+def test_config_prints_the_resolved_configuration() -> None:
+    done = d2c("config", str(DEBUG), "select.budget=17")
+    assert done.returncode == 0
+    assert "budget: 17" in done.stdout
+    assert "guidance: 1.5" in done.stdout, "defaults are shown too"

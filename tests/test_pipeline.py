@@ -1,0 +1,379 @@
+"""Whole runs on a real local Ray, on real images, killed and resumed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import DEBUG, ROOT
+
+from d2c_ray import pipeline, schema
+from d2c_ray.config import load
+from d2c_ray.data import tables
+from d2c_ray.errors import UserError
+from d2c_ray.models import weights
+from d2c_ray.selection import difficulty
+
+ARMS = ("arms.D2C.train.align_weight=0.5", "arms.Random+Attach.select.selector=random")
+SILENT = {"say": lambda text: None}
+
+
+def start(*args: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "d2c_ray.cli", *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, out[-4000:]
+    return out
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL of the driver, then of what it left behind, by pid."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for child in family:
+        if child.is_running():
+            child.kill()
+    psutil.wait_procs(family, timeout=30)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"the run ended first:\n{process.stdout.read()[-3000:]}"
+        assert time.monotonic() < until, "it never came to that"
+        time.sleep(0.1)
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """Every finished stage's mark with its time of writing."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/_SUCCESS.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder and output of one whole run with two students, through the command line."""
+    root = tmp_path_factory.mktemp("runs")
+    return root / "debug", finish(start("run", str(DEBUG), f"run.dir={root}", *ARMS))
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def test_every_stage_leaves_a_whole_folder(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    counts = {
+        name: len(list(folder.glob(f"{name}-*")))
+        for name in ("manifest", "teacher", "scores", "reference", "selection", "condensed", "train", "samples", "eval")
+    }
+    assert counts == {
+        "manifest": 1,
+        "teacher": 1,
+        "scores": 1,
+        "reference": 1,
+        "selection": 2,
+        "condensed": 2,
+        "train": 2,
+        "samples": 2,
+        "eval": 2,
+    }
+    for path in folder.glob("*/_SUCCESS.json"):
+        record = json.loads(path.read_text())
+        assert record["rows_done"] + record["rows_rejected"] == record["rows_in"]
+        assert record["seconds"] > 0
+        assert record["versions"]["torch"] == torch.__version__
+    assert not list(folder.rglob("*.tmp*")), "temporary files were left"
+    assert {stage["state"] for stage in json.loads((folder / "status.json").read_text())["stages"].values()} == {"done"}
+    assert load(folder / "config.yaml").arms.keys() == {"D2C", "Random+Attach"}
+
+
+def test_tables_have_the_columns_that_are_promised(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    for pattern, columns in (("manifest", schema.MANIFEST), ("scores", schema.SCORES), ("selection", schema.SELECTION)):
+        for path in folder.glob(f"{pattern}-*/part-*.parquet"):
+            assert pq.read_schema(path).names == list(columns)
+    condensed = pq.read_schema(next(folder.glob("condensed-*/part-000000.parquet"))).names
+    assert condensed == ["sample_id", "key", "label", "image", "pixels", "vision", "vision_scale"]
+
+
+def test_scores_are_the_formula_on_the_stored_teacher(finished: tuple[Path, str]) -> None:
+    """Recomputed from the tables and the model folder alone, one image and one timestep at a time."""
+    from sklearn.datasets import load_digits
+
+    from d2c_ray.selection.noise import noise
+
+    folder, _ = finished
+    path = only(folder, "scores-*/part-*.parquet")
+    table, meta = tables.read(path), tables.metadata(path)
+    teacher = weights.load(only(folder, "teacher-*/model"))
+    assert meta["convention"] == "velocity"
+    pictures = np.round(load_digits().images * 15.9375) / 127.5 - 1
+    for row in (0, 57, 119):
+        key, label = table.column("key")[row].as_py(), table.column("label")[row].as_py()
+        z = torch.from_numpy(pictures[int(key.rsplit("#")[1])]).float()[None, None]
+        draws = torch.from_numpy(noise(meta["seed"], key, 4, (1, 8, 8)))
+        found = []
+        for eps, t in zip(draws, meta["timesteps"], strict=True):
+            out = teacher.predict((1 - t) * z + t * eps[None], torch.tensor([t]), torch.tensor([label]))
+            found.append((out - (eps[None] - z)).square().mean().item())
+        assert table.column("errors")[row].as_py() == pytest.approx(found, rel=1e-4)
+        weighed = [(1 - t) ** 2 * error for t, error in zip(meta["timesteps"], found, strict=True)]
+        assert table.column("score")[row].as_py() == pytest.approx(np.mean(weighed), rel=1e-4)
+
+
+def test_the_subset_is_interval_sampling_of_the_scores(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    scores = tables.read(only(folder, "scores-*/part-*.parquet")).to_pylist()
+    by_selector = {tables.metadata(path)["selector"]: tables.read(path) for path in folder.glob("selection-*/part-*.parquet")}
+    expected = []
+    for label in range(10):
+        mine = sorted((row for row in scores if row["label"] == label), key=lambda row: (row["score"], row["key"]))
+        expected += [mine[i * 9 // 4]["key"] for i in range(4)]  # 4 of 12 at f = 0.75: floor(i 0.75 12 / 4)
+    assert sorted(by_selector["interval"].column("key").to_pylist()) == sorted(expected)
+    assert len(set(by_selector["random"].column("key").to_pylist())) == 40
+    assert by_selector["random"].column("label").to_pylist().count(3) == 4
+
+
+def test_the_report_is_one_page_with_the_measured_numbers(finished: tuple[Path, str]) -> None:
+    folder, out = finished
+    page = (folder / "report.html").read_text()
+    for path in folder.glob("eval-*/metrics.json"):
+        metrics = json.loads(path.read_text())
+        assert set(metrics["record"]) >= {
+            "sampler",
+            "steps",
+            "guidance",
+            "weights",
+            "class_draw",
+            "generated",
+            "sample_seed",
+            "network",
+            "reference_features",
+        }
+        for kind in ("generated", "real", "subset"):
+            assert f"{metrics[kind]['frechet']:.1f}" in page
+            assert f"{metrics[kind]['frechet']:.1f}" in out
+    assert not re.search(r'''(src|href)=["'](?!data:|#)|url\((?!#)|@import''', page), "the page needs another file"
+    assert page.count("data:image/png") >= 40
+    assert page.count("<svg") == 2
+    assert "decides nothing" in page
+    assert "decides nothing" in " ".join(out.split())
+    assert str(folder / "report.html") in out
+
+
+def test_running_again_redoes_nothing_and_starts_no_ray(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    before, page = stamps(folder), (folder / "report.html").stat().st_mtime_ns
+    out = finish(start("run", str(DEBUG), f"run.dir={folder.parent}", *ARMS))
+    assert stamps(folder) == before
+    assert (folder / "report.html").stat().st_mtime_ns == page
+    assert "starting Ray" not in out
+    assert "Fréchet distance" in out
+
+
+def test_a_changed_knob_changes_no_folder_and_a_changed_setting_does(finished: tuple[Path, str]) -> None:
+    from d2c_ray import plan
+
+    def names(*overrides: str) -> dict[str, str]:
+        made = plan.make(load(DEBUG, [f"run.dir={finished[0].parent}", *overrides]))
+        return {stage: node.hash for stage, node in made.arms["student"].items()}
+
+    base = names()
+    for knob in (
+        "resources.actors=7",
+        "resources.rows_per_task=3",
+        "resources.train_workers=2",
+        "train.log_every=5",
+        "data.max_rejected=0.5",
+        "report.classes=3",
+        "run.name=other",
+    ):
+        assert names(knob) == base, knob
+    first_changed = {
+        "data.limit_per_class=11": "manifest", "teacher.train.lr=1e-4": "teacher", "score.seed=1": "score", "select.budget=30": "select",
+        "attach.vision.storage=bf16": "attach", "model.depth=1": "train", "train.align_weight=0.1": "train", "sample.guidance=3": "sample", "evaluate.neighbours=2": "evaluate",
+    }  # fmt: skip
+    for setting, stage in first_changed.items():
+        changed = [name for name, value in names(setting).items() if value != base[name]]
+        assert changed[0] == stage, (setting, changed)
+
+
+@pytest.mark.parametrize(
+    "knobs", [("resources.actors=1", "resources.rows_per_task=7"), ("resources.actors=2", "resources.rows_per_task=64")]
+)
+def test_scores_do_not_depend_on_actors_or_batches(finished: tuple[Path, str], tmp_path: Path, knobs: tuple[str, ...]) -> None:
+    """To the bit, with the finished run's teacher given as a checkpoint."""
+    folder, _ = finished
+    teacher = only(folder, "teacher-*/model")
+    plan = pipeline.run(
+        load(DEBUG, [f"run.dir={tmp_path}", f"teacher.checkpoint={teacher}", "data.rows_per_shard=50", *knobs]), upto="score", **SILENT
+    )
+    (node,) = plan.of("score")
+    assert len(node.dir.parts()) == 3
+    again, whole = tables.read(node.dir.parts()), tables.read(only(folder, "scores-*/part-*.parquet"))
+    for column in ("sample_id", "key", "label", "score", "errors"):
+        assert again.column(column).to_pylist() == whole.column(column).to_pylist(), column
+    assert not plan.of("teacher")[0].dir.success()["facts"]["trained_here"]
+
+
+def test_killed_twice_and_run_again_it_ends_as_if_undisturbed(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """SIGKILL of the driver while the teacher trains and while shards are scored."""
+    folder, args = (
+        tmp_path / "debug",
+        ("score", str(DEBUG), f"run.dir={tmp_path}", "data.rows_per_shard=10", "resources.rows_per_task=5", "resources.actors=1"),
+    )
+
+    def teacher_checkpointed() -> bool:
+        return bool(list(folder.glob("teacher-*/checkpoints/checkpoint_*/state.json")))
+
+    process = start(*args)
+    wait_for(teacher_checkpointed, process)
+    kill(process)
+    read_once = only(folder, "teacher-*/data/part-000000.parquet").stat().st_mtime_ns
+
+    def some_shards_scored() -> bool:
+        return len(list(folder.glob("scores-*/part-*.parquet"))) >= 2
+
+    process = start(*args)
+    wait_for(some_shards_scored, process)
+    kill(process)
+    scored = {path: path.stat().st_mtime_ns for path in folder.glob("scores-*/part-*.parquet")}
+    marks = stamps(folder)
+    assert len(scored) < 12, "killed too late to show anything"
+
+    finish(start(*args))
+    assert only(folder, "teacher-*/data/part-000000.parquet").stat().st_mtime_ns == read_once
+    assert {path: path.stat().st_mtime_ns for path in scored} == scored, "finished shards were scored again"
+    assert {name: when for name, when in stamps(folder).items() if name in marks} == marks
+    table = tables.read(sorted(folder.glob("scores-*/part-*.parquet")))
+    undisturbed = tables.read(only(finished[0], "scores-*/part-*.parquet"))
+    assert table.column("key").to_pylist() == undisturbed.column("key").to_pylist()
+    assert table.column("errors").to_pylist() == undisturbed.column("errors").to_pylist()
+    curve = [json.loads(line)["images"] for line in only(folder, "teacher-*/metrics.jsonl").read_text().splitlines()]
+    assert curve == [128, 256, 384, 512], "every step's metrics once"
+
+
+@pytest.fixture
+def colour_folder(cifar10: Path, tmp_path: Path) -> Path:
+    """Class folders of real colour images, one of them cut off and one grey."""
+    from PIL import Image
+
+    names = (cifar10 / "classes.txt").read_text().split()
+    taken: dict[str, int] = {}
+    for row in pq.read_table(cifar10 / "train-000.parquet").slice(0, 400).to_pylist():
+        name = names[row["label"]]
+        if name in ("cat", "ship", "frog") and taken.get(name, 0) < 16:
+            folder = tmp_path / "images" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{taken.get(name, 0):02d}.jpg").write_bytes(row["image"]["bytes"])
+            taken[name] = taken.get(name, 0) + 1
+    broken = tmp_path / "images" / "cat" / "03.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    grey = tmp_path / "images" / "ship" / "05.jpg"
+    Image.open(grey).convert("L").save(grey)
+    return tmp_path / "images"
+
+
+def vae_folder(path: Path) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4, **kinds).save_pretrained(path)
+    return path
+
+
+def test_class_folders_through_a_vae_into_a_dit(colour_folder: Path, tmp_path: Path) -> None:
+    """Latents, DDPM, learned variance, flips, bf16 tokens, two workers, one image that cannot be decoded."""
+    config = load(
+        DEBUG,
+        [
+            f"run.dir={tmp_path}", "data.source=folder", f"data.path={colour_folder}", "data.image_size=32", "data.channels=3", "data.flip=true",
+            "data.limit_per_class=0", "data.max_rejected=0.05", f"vae.path={vae_folder(tmp_path / 'vae')}", "teacher.model.kind=dit", "model.kind=dit",
+            "select.budget=15", "attach.vision.storage=bf16", "sample.steps=5", "sample.num_images=12", "resources.train_workers=2", "train.num_images=256",
+            "teacher.train.num_images=256", "evaluate.neighbours=2",
+        ],
+    )  # fmt: skip
+    plan = pipeline.run(config, **SILENT)
+    (score,), (attach,), (train,) = plan.of("score"), plan.of("attach"), plan.of("train")
+    assert score.dir.success()["rows_rejected"] == 1
+    (rejected,) = pq.read_table(score.folder / "rejected.parquet").to_pylist()
+    assert rejected["key"] == "cat/03.jpg"
+    assert rejected["stage"] == "score"
+    assert "runcated" in rejected["reason"]
+    assert tables.metadata(score.dir.parts()[0])["convention"] == "noise"
+    assert difficulty.timesteps("dit", 4, 0.0, 1.0).tolist() == tables.metadata(score.dir.parts()[0])["timesteps"]
+    found = pq.read_schema(attach.dir.parts()[0])
+    assert found.names == ["sample_id", "key", "label", "image", "latent_mean", "latent_std", "vision"]
+    assert json.loads(found.field("latent_mean").metadata[b"shape"]) == [2, 4, 16, 16]
+    assert json.loads(found.field("vision").metadata[b"shape"]) == [2, 64, 1280]
+    assert weights.read_meta(train.folder / "model")["spec"]["kind"] == "dit"
+    assert plan.of("sample")[0].dir.success()["facts"]["record"]["sampler"] == "ddpm"
+    assert (plan.folder / "report.html").is_file()
+
+
+def test_too_many_broken_images_stop_the_stage_and_name_them(colour_folder: Path, tmp_path: Path) -> None:
+    config = load(
+        DEBUG,
+        [
+            f"run.dir={tmp_path}",
+            "data.source=folder",
+            f"data.path={colour_folder}",
+            "data.image_size=32",
+            "data.channels=3",
+            "data.limit_per_class=0",
+            "select.budget=15",
+        ],
+    )
+    with pytest.raises(UserError, match=r"1 of 48 images cannot be used, more than data\.max_rejected=0\.01.*\n +cat/03\.jpg: "):
+        pipeline.run(config, upto="teacher", **SILENT)
+
+
+def test_cifar10_preset_on_a_cut(cifar10: Path, tmp_path: Path) -> None:
+    """The preset as it is, on a few hundred images and for a few steps."""
+    config = load(
+        ROOT / "configs" / "cifar10.yaml",
+        [
+            f"run.dir={tmp_path}", f"data.path={cifar10}", "data.pattern=train-000.parquet", "data.limit_per_class=30", "select.budget=50",
+            "teacher.train.num_images=640", "train.num_images=640", "train.log_every=320", "sample.num_images=30", "sample.steps=5", "sample.device_batch=15",
+            "evaluate.max_reference=100",
+        ],
+    )  # fmt: skip
+    plan = pipeline.run(config, **SILENT)
+    assert plan.of("manifest")[0].dir.success()["facts"]["class_names"][3] == "cat"
+    assert plan.of("score")[0].dir.success()["rows_done"] == 300
+    for arm in ("D2C", "Random+Attach"):
+        metrics = json.loads((plan.arms[arm]["evaluate"].folder / "metrics.json").read_text())
+        assert metrics["counts"] == {"generated": 30, "real": 30, "subset": 50, "reference": 100}
+        assert metrics["real"]["frechet"] < metrics["generated"]["frechet"], "a student of ten steps beats real images?"
+        curve = (plan.arms[arm]["train"].folder / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(curve[-1])["loss"] < json.loads(curve[0])["loss"]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        (("resources.actors=9", "resources.num_cpus=4"), "9 actors of one CPU and one free CPU for decoding want 10 CPUs; Ray has 4"),
+        (("resources.gpus_per_actor=1", "resources.actors=2"), "want 2 GPUs; the cluster has 0"),
+        (("resources.teacher_workers=16", "teacher.train.batch_size=256"), "resources.teacher_workers=16 wants 16 CPUs"),
+        (("resources.address=127.0.0.1:1",), "no Ray cluster answers"),
+    ],
+)
+def test_work_that_the_cluster_cannot_hold_is_refused(debug_config, knobs: tuple[str, ...], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        pipeline.run(debug_config(*knobs), upto="teacher", **SILENT)
