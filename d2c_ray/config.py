@@ -159,7 +159,7 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class ResourcesConfig:
-    """Knobs that cannot change a result, and so are no part of any fingerprint."""
+    """Knobs that cannot change a result (workers of a training: beyond rounding), and so are no part of any fingerprint."""
 
     address: str = ""  # Ray address; empty: a local Ray of this run's own
     num_cpus: int = 0  # logical CPUs of the local Ray; 0: the cores and two for light work
@@ -259,7 +259,7 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
             raise UserError(f"'{override}' is not of the form key=value, for example select.budget=500.")
     layers.append(OmegaConf.from_dotlist(list(overrides)))
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(f"the configuration cannot be read: {_first_line(error)}") from error
     if not isinstance(merged, dict):

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def _run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
             if wanted <= free or not running:
                 free -= wanted
                 waiting.remove(node)
-                running[_in_thread(lambda node=node, share=wanted: _run_node(node, share, status))] = (node, wanted)
+                running[_in_thread(partial(_run_node, node, wanted, status))] = (node, wanted)
         for future in [future for future in running if future.done()]:
             node, share = running.pop(future)
             free += share

@@ -12,7 +12,7 @@ MANIFEST = {
     "key": "string",  # unique and stable: source-relative file, then '#' and the row or member
     "sample_id": "int64",  # row in key order
     "label": "int32",  # -1 for none
-    "uri": "string",
+    "uri": "string",  # file, relative to the source, so that data can move
     "offset": "int64",  # bytes into a file, -1 where the image is a Parquet row
     "length": "int64",  # bytes
     "row_group": "int32",  # -1 where the image is a byte range

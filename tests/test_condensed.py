@@ -39,7 +39,7 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def real_rows(cifar10: Path, count: int) -> tuple[pa.Table, DataConfig]:
     data = DataConfig(path=str(cifar10), pattern="train-000.parquet", image_size=32)
-    table, _ = manifest.scan(manifest.find(data), data, Path(), type("Silent", (), {"advance": lambda self, n: None})())
+    table, _ = manifest.scan(manifest.find(data), data, type("Silent", (), {"advance": lambda self, n: None})())
     return units.decode_rows(table.slice(0, count), data, keep_bytes=True)[0], data
 
 

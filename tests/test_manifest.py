@@ -16,8 +16,8 @@ from d2c_ray.errors import UserError
 SILENT = SimpleNamespace(advance=lambda count: None)
 
 
-def scan(data: DataConfig, out: Path) -> tuple[pa.Table, list[str]]:
-    return manifest.scan(manifest.find(data), data, out, SILENT)
+def scan(data: DataConfig) -> tuple[pa.Table, list[str]]:
+    return manifest.scan(manifest.find(data), data, SILENT)
 
 
 def picture(value: int, size: int = 8) -> bytes:
@@ -47,13 +47,13 @@ def parquet(path: Path, labels: list[int], column: str = "struct", rows_per_grou
     pq.write_table(table, path, row_group_size=rows_per_group)
 
 
-def test_class_folders(folder: Path, tmp_path: Path) -> None:
-    table, names = scan(DataConfig(path=str(folder), image_size=8, flip=False), tmp_path)
+def test_class_folders(folder: Path) -> None:
+    table, names = scan(DataConfig(path=str(folder), image_size=8, flip=False))
     assert names == ["a_cat", "b_dog", "c d"]
     assert table.column("key").to_pylist() == ["a_cat/30.png", "b_dog/10.png", "b_dog/20.png", "c d/deep/40.png", "c d/deep/50.png"]
     assert table.column("label").to_pylist() == [0, 1, 1, 2, 2]
     assert table.column("sample_id").to_pylist() == [0, 1, 2, 3, 4]
-    assert [len(content) for content in manifest.read_bytes(table.to_pylist(), "")] == table.column("length").to_pylist()
+    assert [len(manifest.read_bytes(row, folder, "")) for row in table.to_pylist()] == table.column("length").to_pylist()
 
 
 @pytest.mark.parametrize("column", ["struct", "binary"])
@@ -61,7 +61,7 @@ def test_parquet_rows_read_back(tmp_path: Path, column: str) -> None:
     parquet(tmp_path / "train-0.parquet", [1, 0, 1, 2, 2], column)
     parquet(tmp_path / "train-1.parquet", [0, 0], column)
     data = DataConfig(path=str(tmp_path), image_size=8)
-    table, names = scan(data, tmp_path)
+    table, names = scan(data)
     assert len(table) == 7
     assert names == ["", "", ""]
     decoded, rejected = units.decode_rows(table, data)
@@ -73,33 +73,33 @@ def test_parquet_rows_read_back(tmp_path: Path, column: str) -> None:
 def test_class_names_come_from_the_file_the_schema_or_beside(tmp_path: Path) -> None:
     hub = {"huggingface": '{"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}'}
     parquet(tmp_path / "a.parquet", [0, 1], metadata=hub)
-    assert scan(DataConfig(path=str(tmp_path)), tmp_path)[1] == ["cat", "dog"]
+    assert scan(DataConfig(path=str(tmp_path)))[1] == ["cat", "dog"]
     (tmp_path / "classes.txt").write_text("lion\nwolf\n")
-    assert scan(DataConfig(path=str(tmp_path)), tmp_path)[1] == ["lion", "wolf"]
+    assert scan(DataConfig(path=str(tmp_path)))[1] == ["lion", "wolf"]
     (tmp_path / "own.txt").write_text("a\nb\nc\n")
-    assert scan(DataConfig(path=str(tmp_path), classes=str(tmp_path / "own.txt")), tmp_path)[1] == ["a", "b"]
+    assert scan(DataConfig(path=str(tmp_path), classes=str(tmp_path / "own.txt")))[1] == ["a", "b"]
 
 
 def test_pattern_and_limit(tmp_path: Path) -> None:
     parquet(tmp_path / "train-0.parquet", [0, 0, 0, 1, 1])
     parquet(tmp_path / "test-0.parquet", [0])
-    table, _ = scan(DataConfig(path=str(tmp_path), pattern="train-*.parquet", limit_per_class=2), tmp_path)
+    table, _ = scan(DataConfig(path=str(tmp_path), pattern="train-*.parquet", limit_per_class=2))
     assert table.column("label").to_pylist() == [0, 0, 1, 1]
     assert table.column("sample_id").to_pylist() == [0, 1, 2, 3]
 
 
 def test_unlabelled_data_is_one_class(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", [0, 1, 2])
-    table, names = scan(DataConfig(path=str(tmp_path), label_column=""), tmp_path)
+    table, names = scan(DataConfig(path=str(tmp_path), label_column=""))
     assert table.column("label").to_pylist() == [-1, -1, -1]
     assert names == []
 
 
-def test_digits_are_the_real_ones(tmp_path: Path) -> None:
+def test_digits_are_the_real_ones() -> None:
     from sklearn.datasets import load_digits
 
     data = DataConfig(source="digits", image_size=8, channels=1)
-    table, names = scan(data, tmp_path)
+    table, names = scan(data)
     assert len(table) == 1797
     assert names[3] == "three"
     decoded, _ = units.decode_rows(table, data)
@@ -126,7 +126,7 @@ def test_fingerprint_follows_content_and_not_the_place(tmp_path: Path) -> None:
 def test_refusals_of_sources(folder: Path, tmp_path: Path) -> None:
     def refused(words: str, **fields: object) -> None:
         with pytest.raises(UserError, match=words):
-            scan(DataConfig(**fields), tmp_path)  # type: ignore[arg-type]
+            scan(DataConfig(**fields))  # type: ignore[arg-type]
 
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -157,7 +157,17 @@ def _with_labels(folder: Path, labels: list[int]) -> Path:
     return folder
 
 
-def test_duplicate_keys_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+def test_duplicate_keys_are_refused_by_name(folder: Path) -> None:
     source = manifest.Source("folder", folder, ("a_cat/30.png", "b_dog/10.png", "a_cat/30.png"))
     with pytest.raises(UserError, match=r"the key 'a_cat/30\.png' occurs twice"):
-        manifest.scan(source, DataConfig(path=str(folder)), tmp_path, SILENT)
+        manifest.scan(source, DataConfig(path=str(folder)), SILENT)
+
+
+def test_data_that_moved_is_read_where_it_is_and_a_lost_file_is_a_rejected_row(folder: Path, tmp_path: Path) -> None:
+    table, _ = scan(DataConfig(path=str(folder)))
+    moved = folder.rename(tmp_path / "moved")
+    (moved / "a_cat" / "30.png").unlink()
+    decoded, rejected = units.decode_rows(table, DataConfig(path=str(moved), image_size=8))
+    assert units.pixels_of(decoded)[:, 0, 0, 0].tolist() == [10, 20, 40, 50]
+    assert [row["key"] for row in rejected] == ["a_cat/30.png"]
+    assert "no file at" in rejected[0]["reason"]

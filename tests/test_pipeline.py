@@ -168,7 +168,7 @@ def test_the_report_is_one_page_with_the_measured_numbers(finished: tuple[Path, 
         for kind in ("generated", "real", "subset"):
             assert f"{metrics[kind]['frechet']:.1f}" in page
             assert f"{metrics[kind]['frechet']:.1f}" in out
-    assert not re.search(r'''(src|href)=["'](?!data:|#)|url\((?!#)|@import''', page), "the page needs another file"
+    assert not re.search(r"""(src|href)=["'](?!data:|#)|url\((?!#)|@import""", page), "the page needs another file"
     assert page.count("data:image/png") >= 40
     assert page.count("<svg") == 2
     assert "decides nothing" in page
@@ -214,7 +214,8 @@ def test_a_changed_knob_changes_no_folder_and_a_changed_setting_does(finished: t
 
 
 @pytest.mark.parametrize(
-    "knobs", [("resources.actors=1", "resources.rows_per_task=7"), ("resources.actors=2", "resources.rows_per_task=64")]
+    "knobs",
+    [("resources.actors=1", "resources.rows_per_task=7", "resources.threads=2"), ("resources.actors=2", "resources.rows_per_task=64")],
 )
 def test_scores_do_not_depend_on_actors_or_batches(finished: tuple[Path, str], tmp_path: Path, knobs: tuple[str, ...]) -> None:
     """To the bit, with the finished run's teacher given as a checkpoint."""

@@ -180,7 +180,7 @@ def _build_cache(folder: Path, cache: Path) -> None:
     counts = [pq.read_metadata(part).num_rows for part in parts]
     total = sum(counts)
     found = pq.read_schema(parts[counts.index(max(counts))])
-    kinds = {"labels": ("int32", []), "sample_id": ("int64", [])}
+    kinds: dict[str, tuple[str, list[int]]] = {"labels": ("int32", []), "sample_id": ("int64", [])}
     for name in CACHE_FILES[2:]:
         if name in found.names:
             stored = found.field(name).metadata

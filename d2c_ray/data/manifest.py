@@ -5,7 +5,6 @@ Sources: a folder of class folders, Parquet in the layout of dataset hubs, and t
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,14 +39,14 @@ def find(data: DataConfig) -> Source:
         UserError: nothing there, nothing readable in it, or a layout that is not read.
     """
     if data.source == "digits":
-        return Source("digits", Path(), ())
+        return Source("digits", samples.digits_folder(), ("digits.parquet",))
     if not data.path:
         raise UserError(
             "data.path is empty: give the file or folder of the images (data.path=/data/imagenet), or data.source=digits for the embedded ones."
         )
-    root = Path(data.path).expanduser()
     if data.path.startswith(("s3://", "gs://", "hdfs://", "http://", "https://")):
         raise UserError(f"data.path={data.path}: this version reads local files and folders. Mount or copy the data.")
+    root = Path(data.path).expanduser()
     if not root.exists():
         raise UserError(f"data.path={data.path}: there is no such file or folder (looked at {root.absolute()}).")
     if root.is_file():
@@ -88,7 +87,7 @@ def fingerprint(source: Source, data: DataConfig) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{source.kind}|{data.version}".encode())
-    for name in source.files:
+    for name in source.files if source.kind != "digits" else ():
         path = source.root / name
         size = path.stat().st_size
         digest.update(f"|{name}|{size}".encode())
@@ -118,20 +117,16 @@ def class_file(source: Source, data: DataConfig) -> Path | None:
     return beside if source.kind == "parquet" and beside.is_file() else None
 
 
-def scan(source: Source, data: DataConfig, out: Path, progress: Any) -> tuple[pa.Table, list[str]]:
+def scan(source: Source, data: DataConfig, progress: Any) -> tuple[pa.Table, list[str]]:
     """The manifest's rows in key order, and the class names by label (an unnamed class has an empty name).
 
     Args:
-        out: folder of the stage, where the embedded data is written.
         progress: `advance(n)` is called as files are read.
 
     Raises:
         UserError: a Parquet file that cannot be read or lacks a column, labels that are no integers, duplicate keys, or
             no row at all.
     """
-    if source.kind == "digits":
-        samples.write_digits(out / "source" / "digits.parquet")
-        source = Source("parquet", out / "source", ("digits.parquet",))
     columns, names = (_scan_folder if source.kind == "folder" else _scan_parquet)(source, data, progress)
     keys = pa.array(columns["key"], pa.string())
     if len(keys) == 0:
@@ -176,7 +171,7 @@ def _scan_folder(source: Source, data: DataConfig, progress: Any) -> tuple[dict[
     return {
         "key": list(source.files),
         "label": [label_of[name.split("/", 1)[0]] for name in source.files],
-        "uri": [str((source.root / name).absolute()) for name in source.files],
+        "uri": list(source.files),
         "offset": np.zeros(count, np.int64),
         "length": np.asarray([(source.root / name).stat().st_size for name in source.files], np.int64),
         "row_group": np.full(count, -1, np.int32),
@@ -211,7 +206,7 @@ def _scan_parquet(source: Source, data: DataConfig, progress: Any) -> tuple[dict
             columns["label"].extend(labels.tolist())
             columns["row_group"].extend([group] * rows)
             columns["row"].extend(range(rows))
-            columns["uri"].extend([str(path.absolute())] * rows)
+            columns["uri"].extend([name] * rows)
             columns["offset"].extend([-1] * rows)
             columns["length"].extend([-1] * rows)
             first += rows
@@ -252,18 +247,29 @@ def _class_names(given: Path | None, names: list[str], labels: np.ndarray) -> li
     return names[:count] + [""] * (count - len(names))
 
 
-def read_bytes(rows: Iterable[dict[str, Any]], image_column: str) -> Iterator[bytes]:
-    """The encoded bytes of manifest rows, in their order. Neighbouring rows of a Parquet row group share one read."""
-    for row in rows:
-        if row["row_group"] < 0:
-            with open(row["uri"], "rb") as file:
-                file.seek(row["offset"])
-                yield file.read(row["length"])
-        else:
-            value = _row_group(row["uri"], row["row_group"], image_column)[row["row"]].as_py()
-            yield (value["bytes"] if isinstance(value, dict) else value) or b""
+def root(data: DataConfig) -> Path:
+    """The folder that the manifest's uris are relative to: where the source lies now, on this node."""
+    if data.source == "digits":
+        return samples.digits_folder()
+    path = Path(data.path).expanduser()
+    return path.parent if path.is_file() else path
+
+
+def read_bytes(row: dict[str, Any], root: Path, image_column: str) -> bytes:
+    """The encoded bytes of a manifest row. Neighbouring rows of a Parquet row group share one read.
+
+    Raises:
+        FileNotFoundError: the file is no longer where it was.
+    """
+    path = root / row["uri"]
+    if row["row_group"] < 0:
+        with path.open("rb") as file:
+            file.seek(row["offset"])
+            return file.read(row["length"])
+    value = _row_group(str(path), row["row_group"], image_column)[row["row"]].as_py()
+    return (value["bytes"] if isinstance(value, dict) else value) or b""
 
 
 @lru_cache(maxsize=2)
-def _row_group(uri: str, group: int, column: str) -> pa.ChunkedArray:
-    return pq.ParquetFile(uri, memory_map=True).read_row_group(group, columns=[column]).column(0)
+def _row_group(path: str, group: int, column: str) -> pa.ChunkedArray:
+    return pq.ParquetFile(path, memory_map=True).read_row_group(group, columns=[column]).column(0)

@@ -1,5 +1,7 @@
 """The embedded data: scikit-learn's handwritten digits, 1,797 real images of 8 x 8 pixels, as PNG bytes."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +13,21 @@ from d2c_ray.data.decode import encode_png
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
-def write_digits(path: Path) -> None:
-    """Writes the digits as a Parquet file in the layout of dataset hubs: image struct<bytes, path>, label int64."""
-    from sklearn.datasets import load_digits
+def digits_folder() -> Path:
+    """A folder of this node with the digits as Parquet, written at the first call.
 
-    digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 1797 x 8 x 8, levels 0..16
-    images = [{"bytes": encode_png(image[..., None]), "path": f"{index:04d}.png"} for index, image in enumerate(pixels)]
-    table = pa.table(
-        {
+    In the layout of dataset hubs (image struct<bytes, path>, label int64), so that they take the same path as other data.
+    """
+    path = Path(tempfile.gettempdir()) / f"d2c_ray-cache-{os.getuid()}" / "digits" / "digits.parquet"
+    if not path.is_file():
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 1797 x 8 x 8, levels 0..16
+        images = [{"bytes": encode_png(image[..., None]), "path": f"{index:04d}.png"} for index, image in enumerate(pixels)]
+        columns = {
             "image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
             "label": pa.array(digits.target, pa.int64()),
         }
-    )
-    tables.write(path, table, {"classes": NAMES})
+        tables.write(path, pa.table(columns), {"classes": NAMES})
+    return path.parent

@@ -1,7 +1,7 @@
 """Arrow schemas of the tables in `d2c_ray.schema`, and reading and writing their Parquet files."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ _TYPES = {
 METADATA = b"d2c"
 
 
-def arrow_schema(columns: dict[str, str], tensors: dict[str, tuple[str, Sequence[int]]] | None = None, lists: int = 0) -> pa.Schema:
+def arrow_schema(columns: dict[str, str], tensors: Mapping[str, tuple[str, Sequence[int]]] | None = None, lists: int = 0) -> pa.Schema:
     """The Arrow schema of a table.
 
     Args:

@@ -41,12 +41,14 @@ def decode_rows(rows: pa.Table, data: DataConfig, keep_bytes: bool = False) -> t
         `image`; and those that could not, with key, uri and reason.
     """
     good, pixels, contents, rejected = [], [], [], []
-    listed = rows.to_pylist()
-    for index, (row, content) in enumerate(zip(listed, manifest.read_bytes(listed, data.image_column), strict=True)):
+    root = manifest.root(data)
+    for index, row in enumerate(rows.to_pylist()):
         try:
+            content = manifest.read_bytes(row, root, data.image_column)
             pixels.append(decode(content, data.image_size, data.channels, data.max_pixels))
-        except Undecodable as error:
-            rejected.append({"key": row["key"], "uri": row["uri"], "reason": str(error)})
+        except (Undecodable, FileNotFoundError) as error:
+            reason = f"no file at {root / row['uri']}" if isinstance(error, FileNotFoundError) else str(error)
+            rejected.append({"key": row["key"], "uri": row["uri"], "reason": reason})
             continue
         good.append(index)
         contents.append(content)

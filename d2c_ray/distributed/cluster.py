@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 
 import ray
@@ -36,14 +37,19 @@ def connect(resources: ResourcesConfig) -> None:
         return
     # Where Ray's own files go; a private folder lets several local Rays live on one machine.
     temp_dir = os.environ.get("D2C_RAY_TMPDIR")
+    # The default minute is short for loaded machines and for clusters that have yet to add a node.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     # Says at every start that authentication, which is on, is on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    _answers(resources.address)
     try:
         if resources.address:
             ray.init(address=resources.address, log_to_driver=False, logging_level=logging.WARNING)
         else:
             # C++ lines of the driver go to the terminal whatever the Python level is.
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+            # A machine of one's own is not taken away, and the watcher is a process more that starts with every training.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             ray.init(
                 address="local",
                 num_cpus=resources.num_cpus or cores() + LIGHT_CPUS,
@@ -56,6 +62,17 @@ def connect(resources: ResourcesConfig) -> None:
         raise UserError(
             f"resources.address={resources.address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Leave it empty for a local one."
         ) from error
+
+
+def _answers(address: str) -> None:
+    """Refuses a host:port that nothing listens at; Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"resources.address={address}: no Ray cluster answers there ({error}). Leave it empty for a local one.") from error
 
 
 def disconnect() -> None:

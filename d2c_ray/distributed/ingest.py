@@ -63,7 +63,7 @@ def stream(
     context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = 3  # a node taken away while its actor loads is no reason to fail
     context.execution_options.preserve_order = False
-    dataset = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
+    dataset: Any = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
     dataset = dataset.map_batches(
         _decode, batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
         fn_kwargs={"data": data, "extend": extend, "keep_bytes": keep_bytes}, num_cpus=1,

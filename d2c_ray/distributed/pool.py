@@ -16,7 +16,7 @@ def run_pool(actor: type, actor_args: dict[str, Any], units: list[Any], share: S
     """
     if not units:
         return
-    remote = ray.remote(num_cpus=1, num_gpus=share.gpus_per_actor or None, max_restarts=3, max_task_retries=3)(actor)
+    remote: Any = ray.remote(num_cpus=1, num_gpus=share.gpus_per_actor, max_restarts=3, max_task_retries=3)(actor)
     actors = [remote.remote(**actor_args) for _ in range(min(share.actors, len(units)))]
     waiting = list(reversed(units))
     running: dict[Any, tuple[Any, Any]] = {}

@@ -4,6 +4,7 @@ Checkpoints go under the stage's folder; the same run after an interruption find
 """
 
 import json
+import sys
 import tempfile
 import threading
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -44,8 +46,12 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
         model, facts["latent"], num_classes, (text[0].shape[1], text[0].shape[2]) if text else None, vision_width
     )
     metrics = job.out / METRICS
+    resources, use_gpu = job.config.resources, cluster.train_on_gpus()
+    max_failures = 3 if resources.address else 0  # of a worker; on one machine the same error would only come again
+    if options.precision == "bf16" and not use_gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print(f"d2c: {title}: this CPU only emulates bf16, which is many times slower than fp32: set precision=fp32", file=sys.stderr)
     with job.progress(options.num_images, done=_last(metrics).get("images", 0), title=title) as progress, _Watch(metrics, progress):
-        checkpoint = _fit(spec.to_dict(), options, data, job.out, workers, cluster.train_on_gpus(), job.config.resources.threads)
+        checkpoint = _fit(spec.to_dict(), options, data, job.out, workers, use_gpu, resources.threads, max_failures)
     _export(job, checkpoint, spec, options, facts, text)
     condensed.drop_cache(data)
     return str((job.out / "model").absolute())
@@ -64,7 +70,9 @@ def _export(job: Job, checkpoint: Path, spec: TransformerSpec, options: TrainCon
     )  # fmt: skip
 
 
-def _fit(spec: dict[str, Any], train: TrainConfig, condensed: Path, out: Path, workers: int, use_gpu: bool, threads: int) -> Path:
+def _fit(
+    spec: dict[str, Any], train: TrainConfig, condensed: Path, out: Path, workers: int, use_gpu: bool, threads: int, max_failures: int
+) -> Path:
     """Trains to the end, from the last checkpoint under `out` if there is one.
 
     Returns:
@@ -85,7 +93,7 @@ def _fit(spec: dict[str, Any], train: TrainConfig, condensed: Path, out: Path, w
             name="checkpoints",
             storage_path=str(out.absolute()),
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-            failure_config=FailureConfig(max_failures=2),
+            failure_config=FailureConfig(max_failures=max_failures),
         ),
     ).fit()
     if result.checkpoint is None:
@@ -94,8 +102,6 @@ def _fit(spec: dict[str, Any], train: TrainConfig, condensed: Path, out: Path, w
 
 
 def _worker(args: dict[str, Any]) -> None:
-    import torch
-
     from d2c_ray.training import loop
 
     torch.set_num_threads(args["threads"])

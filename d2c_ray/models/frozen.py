@@ -10,11 +10,12 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2c_ray.config import VaeConfig
 from d2c_ray.errors import UserError
@@ -88,7 +89,7 @@ class VisionEncoder:
 
         self.width = EFFICIENTNETS[name][2]
         self.image_size, self.device, self.device_batch = image_size, device, device_batch
-        self.network: nn.Module = EfficientNet.from_name(name)
+        self.network: Any = EfficientNet.from_name(name)
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.network.eval().requires_grad_(False).to(device)
 
@@ -206,7 +207,7 @@ def vae_facts(path: str, subfolder: str) -> dict:
     }
 
 
-def _load_vae(config: VaeConfig) -> nn.Module:
+def _load_vae(config: VaeConfig) -> Any:
     from diffusers import AutoencoderKL
 
     try:

@@ -130,23 +130,21 @@ class Transformer(nn.Module):
 
         self.apply(xavier)
         nn.init.xavier_uniform_(self.patch_embed.weight.view(self.spec.width, -1))
-        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.zeros_(self.patch_embed.get_parameter("bias"))
         nn.init.normal_(self.class_embed.weight, std=0.02)
-        for layer in (self.timestep_embed.mlp[0], self.timestep_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for index in (0, 2):
+            nn.init.normal_(self.timestep_embed.mlp.get_parameter(f"{index}.weight"), std=0.02)
         # adaLN-Zero: every block starts as the identity, and the output as zero.
-        for block in self.blocks:
-            nn.init.zeros_(block.modulation.weight)
-            nn.init.zeros_(block.modulation.bias)
-        for layer in (self.final.modulation, self.final.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in (*(block.get_submodule("modulation") for block in self.blocks), self.final.modulation, self.final.linear):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
 
 class TimestepEmbed(nn.Module):
     """Sinusoidal embedding of t (256 frequencies' cosines and sines), then Linear, SiLU, Linear."""
 
     FREQUENCIES = 256
+    rates: Tensor
 
     def __init__(self, width: int):
         super().__init__()

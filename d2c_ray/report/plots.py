@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 
 COLOURS = ("#1f5fbf", "#d9822b", "#3a8f5c", "#8a4fbf", "#b5373c", "#4d7c8a")
 GREY = "#c9ced6"
-STYLE = {
+STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#7a828e", "axes.labelcolor": "#333a44",
     "xtick.color": "#555d69", "ytick.color": "#555d69", "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "d2c",
     "font.family": "sans-serif", "figure.constrained_layout.use": True,

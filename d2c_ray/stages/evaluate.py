@@ -40,7 +40,7 @@ def run(job: Job) -> Result:
         "image_size": config.data.image_size,
         "generated": metrics["counts"]["generated"],
         "reference": metrics["counts"]["reference"],
-        "reference_features": hashlib.sha256(np.ascontiguousarray(features[~held_out])).hexdigest()[:16],
+        "reference_features": hashlib.sha256(features[~held_out].tobytes()).hexdigest()[:16],
         "neighbours": config.evaluate.neighbours,
         "seeds": 1,
     }

@@ -12,7 +12,7 @@ def run(job: Job) -> Result:
     data = job.config.data
     source = manifest.find(data)
     with job.progress(max(1, len(source.files)), "files") as progress:
-        table, names = manifest.scan(source, data, job.out, progress)
+        table, names = manifest.scan(source, data, progress)
     rows_per_part = data.rows_per_shard * SHARDS_PER_PART
     for part, start in enumerate(range(0, len(table), rows_per_part)):
         # A row group is a shard, so that a unit of work reads its own rows only.

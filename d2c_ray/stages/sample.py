@@ -6,7 +6,7 @@ from d2c_ray.distributed import cluster, pool
 from d2c_ray.distributed.actors import Sampler
 from d2c_ray.evaluate import sampling
 from d2c_ray.job import Job, Result
-from d2c_ray.models import weights
+from d2c_ray.models import latents, weights
 
 UNIT_BATCHES = 2  # device batches a part
 
@@ -37,7 +37,7 @@ def run(job: Job) -> Result:
     spec = weights.read_meta(Path(trained["model"]))["spec"]
     record = {
         "sampler": sampling.sampler_name(sample, spec["kind"]), "steps": sample.steps, "guidance": sample.guidance, "guidance_interval": None,
-        "weights": sample.weights, "ema_decay": trained["ema_decay"], "vae_decoder": config.vae.path or None, "class_draw": sample.class_draw,
+        "weights": sample.weights, "ema_decay": trained["ema_decay"], "vae_decoder": latents.latent_facts(config).get("vae"), "class_draw": sample.class_draw,
         "sample_seed": sample.seed, "sample_precision": sample.precision, "train_images": trained["images"],
     }  # fmt: skip
     return Result(sample.num_images, finished, 0, {"record": record})

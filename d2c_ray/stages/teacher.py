@@ -48,9 +48,10 @@ def run(job: jobs.Job) -> jobs.Result:
         }  # fmt: skip
         write_json(whole / SUCCESS, {"facts": facts})
     model = trainer.train(job, "teacher: train", config.teacher.model, config.teacher.train, whole, config.resources.teacher_workers)
-    rejected = trainer.condensed_facts(whole)["rejected"]
-    done = data["rows"] - len(rejected)
+    rejects.rows = trainer.condensed_facts(whole)["rejected"]
+    rejects.write(job.out)
+    done = data["rows"] - len(rejects.rows)
     spec = weights.read_meta(Path(model))["spec"]
     return jobs.Result(
-        data["rows"], done, len(rejected), {"model": model, "kind": spec["kind"], "trained_here": True, "metrics": "metrics.jsonl"}
+        data["rows"], done, len(rejects.rows), {"model": model, "kind": spec["kind"], "trained_here": True, "metrics": "metrics.jsonl"}
     )

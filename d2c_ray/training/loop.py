@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2c_ray.config import TrainConfig
 from d2c_ray.diffusion import align, ddpm, flow
+from d2c_ray.errors import UserError
 from d2c_ray.models.transformer import Transformer, TransformerSpec
 from d2c_ray.seeding import derive
 from d2c_ray.training import batches, state
@@ -24,7 +25,7 @@ Log = Callable[[dict], None]
 Checkpoint = Callable[[int, Callable[[Path], None]], None]  # (step, function that writes the state into a folder)
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """The loss or the gradient stopped being a number."""
 
 
@@ -74,7 +75,8 @@ def train(
     aligned = data.vision is not None and config.align_weight > 0
     text = data.text_states.to(device) if data.text_states is not None else None
     text_mask = data.text_mask.to(device) if data.text_mask is not None else None
-    parameters, averages = list(model.parameters()), [ema[name] for name, _ in model.named_parameters()]
+    parameters: list[Tensor] = list(model.parameters())
+    averages = [ema[name] for name, _ in model.named_parameters()]
 
     def save(folder: Path) -> None:
         facts = {"images": step * config.batch_size, "spec": spec.to_dict()}
@@ -102,7 +104,7 @@ def train(
             out = run_model(x_t, t, batch["label"], features=align_now, **condition)
         prediction, projected = out if align_now else (out, None)
         loss = objective.loss(prediction, batch["z"], draws.noise, x_t, t).mean()
-        loss_align = align.loss(projected, batch["vision"]).mean() if align_now else torch.zeros((), device=device)
+        loss_align = align.loss(projected, batch["vision"]).mean() if projected is not None else torch.zeros((), device=device)
         optimizer.zero_grad(set_to_none=True)
         (loss + config.align_weight * loss_align).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip, foreach=True)
