@@ -93,7 +93,11 @@ def _run(path: str, overrides: list[str] | None, upto: str) -> None:
     config = load(path, overrides or [])
     from d2c_ray import pipeline
 
-    plan = pipeline.run(config, upto, say=lambda text: print(f"d2c: {text}", file=sys.stderr, flush=True))
+    try:
+        plan = pipeline.run(config, upto, say=lambda text: print(f"d2c: {text}", file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        print("d2c: interrupted; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
     if upto == "report":
         from d2c_ray.report.summary import print_summary
 
@@ -116,9 +120,6 @@ def main(argv: list[str] | None = None) -> None:
         app(argv, standalone_mode=True)
     except UserError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        print("d2c: interrupted; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         from d2c_ray.pipeline import unwrap
 

@@ -388,8 +388,18 @@ def check(config: Config) -> None:
         )
     if config.vae.path and config.data.channels != 3:
         raise UserError(f"data.channels={config.data.channels} with a VAE: it encodes 3 channels.")
-    if config.attach.text.encoder != "none" and "{name}" not in config.attach.text.template:
-        raise UserError(f"attach.text.template='{config.attach.text.template}' has no {{name}}, so every class would get the same text.")
+    if config.attach.text.encoder != "none":
+        template = config.attach.text.template
+        if "{name}" not in template:
+            raise UserError(f"attach.text.template='{template}' has no {{name}}, so every class would get the same text.")
+        try:
+            template.format(name="name")
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(f"attach.text.template='{template}' cannot be filled in ({error!r}); {{name}} is the only field.") from None
+    if config.model.kind == "dit" and config.sample.steps > 1000:
+        raise UserError(f"sample.steps={config.sample.steps}: a dit's schedule has 1000 steps.")
+    if "://" in config.run.dir:
+        raise UserError(f"run.dir={config.run.dir}: run folders lie on a local or mounted file system in this version.")
     wanted = {"sit": "euler", "dit": "ddpm"}[config.model.kind]
     if config.sample.sampler not in ("auto", wanted):
         raise UserError(f"sample.sampler={config.sample.sampler} does not fit model.kind={config.model.kind}; '{wanted}' would do.")

@@ -1,7 +1,8 @@
 """What a stage gets to work with, and what it gives back."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ class Job:
     title: str
     places: int = 1
     seconds_before: float = 0.0
+    started: float = field(default_factory=time.monotonic)
 
     def facts(self, stage: str) -> dict[str, Any]:
         """The facts an input's stage recorded."""
         return self.inputs[stage].success()["facts"]
 
     def progress(self, total: int, unit: str = "images", done: int = 0, title: str = "") -> Progress:
-        return Progress(title or self.title, total, unit, self.out, done, self.seconds_before, self.config.resources.progress_interval_sec)
+        before = self.seconds_before + time.monotonic() - self.started  # a stage may show several in turn
+        return Progress(title or self.title, total, unit, self.out, done, before, self.config.resources.progress_interval_sec)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from d2c_ray import plan as plans
@@ -82,6 +81,14 @@ def _run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
             say(f"{_title(node, status)}: {node.name} is there")
     running: dict[Future[float], tuple[Node, int]] = {}
     free = slots
+    try:
+        _schedule(waiting, running, free, status, say)
+    except BaseException:
+        _abandon(list(running))
+        raise
+
+
+def _schedule(waiting: list[Node], running: dict["Future[float]", tuple[Node, int]], free: int, status: "Status", say: Say) -> None:
     while waiting or running:
         ready = [node for node in waiting if all(given.dir.done for given in node.inputs.values())]
         for index, node in enumerate(ready):
@@ -98,6 +105,13 @@ def _run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
             if node.stage == "score":
                 _say_stability(node.dir.success()["facts"], say)
         time.sleep(0.05)
+
+
+def _abandon(running: list["Future[float]"]) -> None:
+    """Takes Ray away from stages that still run beside one that failed, and waits until they have noticed."""
+    if running:
+        _disconnect()
+        wait(running, timeout=20)
 
 
 def _workers(node: Node) -> int:
@@ -120,17 +134,17 @@ def _run_node(node: Node, share: int, status: "Status") -> float:
     try:
         result = stage_function(node.stage)(Job(node.config, inputs, node.folder, node.hash, _title(node, status), share, before))
         _check_counts(node, result)
+        node.dir.finish(
+            {
+                "stage": node.stage, "fingerprint": node.hash, "inputs": {name: given.name for name, given in node.inputs.items()},
+                "rows_in": result.rows_in, "rows_done": result.rows_done, "rows_rejected": result.rows_rejected,
+                "seconds": round(before + time.monotonic() - started, 2), "places": share, "device": _device(node.stage), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "versions": versions(), "facts": result.facts,
+            }
+        )  # fmt: skip
     except BaseException as error:
         status.set(node, "failed", f"{type(error).__name__}: {error}")
         raise
-    node.dir.finish(
-        {
-            "stage": node.stage, "fingerprint": node.hash, "inputs": {name: given.name for name, given in node.inputs.items()},
-            "rows_in": result.rows_in, "rows_done": result.rows_done, "rows_rejected": result.rows_rejected,
-            "seconds": round(before + time.monotonic() - started, 2), "places": share, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": versions(), "facts": result.facts,
-        }
-    )  # fmt: skip
     status.set(node, "done")
     return time.monotonic() - started
 
@@ -172,6 +186,17 @@ def _connect(config: Config) -> int:
     cluster.connect(config.resources)
     cluster.preflight(config.resources)
     return cluster.places(config.resources)
+
+
+def _device(stage: str) -> str:
+    """What the stage's tensors lived on: bits hold for one kind of hardware."""
+    import platform
+
+    if stage not in ON_RAY:
+        return "cpu"
+    from d2c_ray.distributed import cluster
+
+    return cluster.gpu_name() or platform.machine()
 
 
 def _disconnect() -> None:
@@ -238,8 +263,3 @@ def unwrap(error: BaseException) -> UserError | None:
             *(failures.values() if isinstance(failures, dict) else []),
         ]
     return None
-
-
-def run_folder(config: Config) -> Path:
-    """Where a configuration's run lies."""
-    return Path(config.run.dir).expanduser() / config.run.name

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from d2c_ray.config import Config, arm_configs, to_dict
 from d2c_ray.data import manifest
 from d2c_ray.errors import UserError
 from d2c_ray.models import frozen, latents, weights
 from d2c_ray.rundir import StageDir
+from d2c_ray.selection import rank
+from d2c_ray.training.batches import BLOCK
 
 # In the order they run. Raise a stage's number when the same configuration starts to give another result.
 VERSIONS = {"manifest": 1, "teacher": 1, "score": 1, "select": 1, "attach": 1, "train": 1, "sample": 1, "reference": 1, "evaluate": 1}
@@ -79,7 +83,7 @@ def make(config: Config) -> Plan:
         UserError: a source, a checkpoint or weights that are not there, shapes that do not fit.
     """
     source = manifest.fingerprint(manifest.find(config.data), config.data)
-    folder = Path(config.run.dir).expanduser().absolute() / config.run.name
+    folder = run_folder(config)
     nodes: dict[str, Node] = {}
     arms: dict[str, dict[str, Node]] = {}
     for arm, own in arm_configs(config).items():
@@ -199,8 +203,14 @@ def checked_checkpoint(config: Config) -> Path:
         raise UserError(
             f"teacher.checkpoint={config.teacher.checkpoint}: there is no such folder. A model folder (train-<hash>/model of a run) would do, or empty to train a teacher."
         )
-    spec = weights.read_meta(folder)["spec"]
-    latent = latents.latent_facts(config)
+    meta = weights.read_meta(folder)
+    if not (folder / "ema.safetensors").is_file():
+        raise UserError(f"teacher.checkpoint={config.teacher.checkpoint} has no ema.safetensors beside its model.json.")
+    spec, latent = meta["spec"], latents.latent_facts(config)
+    if meta.get("latent", latent).get("vae") != latent.get("vae"):
+        raise UserError(
+            f"teacher.checkpoint={config.teacher.checkpoint} was trained in the latents of another VAE (weights {meta['latent'].get('vae')}) than vae.path={config.vae.path or '(pixels)'} ({latent.get('vae')})."
+        )
     if (spec["channels"], spec["input_size"]) != (latent["channels"], latent["side"]):
         raise UserError(
             f"teacher.checkpoint={config.teacher.checkpoint} works on {spec['channels']} x {spec['input_size']} x {spec['input_size']} latents; "
@@ -219,11 +229,6 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
         UserError: a budget that does not fit, a class without a name while text is on, a teacher of other classes, too
             few images to evaluate with, a batch that does not divide.
     """
-    import numpy as np
-
-    from d2c_ray.selection import rank
-    from d2c_ray.training.batches import BLOCK
-
     config, rows, names, sizes = plan.config, data["rows"], data["class_names"], np.asarray(data["class_counts"])
     for arm, nodes in plan.arms.items():
         own = nodes["train"].config
@@ -231,6 +236,7 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
             rank.quotas(sizes, rank.budget_images(own.select.budget, rows), own.select.balance)
         except UserError as error:
             raise UserError(str(error) if len(plan.arms) == 1 else f"arm '{arm}': {error}") from None
+        _check_batch("train.batch_size", own.train.batch_size, config.resources.train_workers)
         if own.attach.text.encoder != "none":
             nameless = [label for label, size in enumerate(sizes) if size and not names[label]]
             if nameless:
@@ -250,15 +256,21 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
             raise UserError(
                 f"teacher.checkpoint={config.teacher.checkpoint} was trained on other classes than the data's: {'; '.join(other[:3])}."
             )
+    _check_batch("teacher.train.batch_size", config.teacher.train.batch_size, config.resources.teacher_workers)
     if min(rows // 2, config.sample.num_images) <= config.evaluate.neighbours + 1:
         raise UserError(
             f"{rows} images and sample.num_images={config.sample.num_images} are too few to evaluate with evaluate.neighbours={config.evaluate.neighbours}."
         )
-    for knob, workers, batch in (
-        ("train", config.resources.train_workers, config.train.batch_size),
-        ("teacher.train", config.resources.teacher_workers, config.teacher.train.batch_size),
-    ):
-        if workers > 1 and batch % (workers * BLOCK):
-            raise UserError(
-                f"{knob}.batch_size={batch} does not divide into {workers} workers in blocks of {BLOCK}; {workers * BLOCK * max(1, batch // (workers * BLOCK))} would do."
-            )
+
+
+def _check_batch(key: str, batch: int, workers: int) -> None:
+    whole = workers * BLOCK
+    if workers > 1 and batch % whole:
+        raise UserError(
+            f"{key}={batch} does not divide into {workers} workers in blocks of {BLOCK}; {whole * max(1, batch // whole)} would do."
+        )
+
+
+def run_folder(config: Config) -> Path:
+    """Where a configuration's run lies."""
+    return Path(config.run.dir).expanduser().absolute() / config.run.name

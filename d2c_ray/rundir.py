@@ -20,6 +20,8 @@ from d2c_ray.errors import UserError
 
 SUCCESS = "_SUCCESS.json"
 PROGRESS = "_progress.json"
+UMASK = os.umask(0)  # can only be read by setting it, which threads must not do
+os.umask(UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,10 +49,7 @@ def whole(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files for the owner alone; outputs are shared like any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~UMASK)  # mkstemp makes files for the owner alone; outputs are shared like any other
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

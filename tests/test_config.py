@@ -51,6 +51,9 @@ def test_command_line_wins_over_the_file() -> None:
         ("select.k=9 select.f=0.5", ["select.k=9", "one of the two"]),
         ("arms.a.data.path=x", ["arms.a.data", "select, attach, model, train"]),
         ("arms.a.select.selectr=random", ["arms.a.select.selectr", "did you mean 'selector'"]),
+        ("model.kind=dit sample.steps=1001", ["sample.steps=1001", "1000"]),
+        ("run.dir=s3://bucket/x", ["run.dir=s3://bucket/x", "mounted"]),
+        ("attach.text.encoder=minilm attach.text.template=a{name}-{style}", ["attach.text.template", "{name} is the only field"]),
         ("nonsense", ["key=value"]),
     ],
 )

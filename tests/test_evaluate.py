@@ -114,6 +114,7 @@ def test_image_i_depends_on_seed_and_i_alone(kind: str) -> None:
     assert torch.equal(sampling.generate(student, sample, shuffled, None)[1], whole[shuffled])
 
 
-def test_random_class_draw_is_balanced_on_average() -> None:
-    drawn = sampling.draw_labels(torch.arange(3000), 3, "random", seed=0)
-    assert np.bincount(drawn.numpy()).min() > 900
+def test_classes_are_drawn_among_those_that_were_trained() -> None:
+    drawn = sampling.draw_labels(torch.arange(3000), torch.tensor([1, 4, 7]), "random", seed=0)
+    assert np.bincount(drawn.numpy())[[1, 4, 7]].min() > 900
+    assert sampling.draw_labels(torch.arange(4), torch.tensor([1, 4, 7]), "balanced", seed=0).tolist() == [1, 4, 7, 1]

@@ -39,6 +39,11 @@ def test_bits_do_not_depend_on_how_images_arrive() -> None:
     assert torch.equal(torch.cat([encoder.tokens(pixels[i : i + 3], 4) for i in range(0, 11, 3)]), whole)
 
 
+def test_no_image_at_all_gives_no_rows() -> None:
+    out = frozen.in_batches(lambda x, y: torch.stack([x.sum((1, 2)), y], 1), 4, torch.zeros(0, 3, 5), torch.zeros(0))
+    assert out.shape == (0, 2)
+
+
 def test_quantised_tokens_keep_their_direction() -> None:
     tokens = np.random.default_rng(0).normal(size=(3, 2, 16, 1280)).astype(np.float32)
     stored, scale = frozen.quantise(tokens)

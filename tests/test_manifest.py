@@ -80,6 +80,12 @@ def test_class_names_come_from_the_file_the_schema_or_beside(tmp_path: Path) -> 
     assert scan(DataConfig(path=str(tmp_path), classes=str(tmp_path / "own.txt")))[1] == ["a", "b"]
 
 
+def test_an_empty_line_is_a_class_without_a_name(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", [0, 1, 2])
+    (tmp_path / "classes.txt").write_text("cat\n\nfish\n\n")
+    assert scan(DataConfig(path=str(tmp_path)))[1] == ["cat", "", "fish"]
+
+
 def test_pattern_and_limit(tmp_path: Path) -> None:
     parquet(tmp_path / "train-0.parquet", [0, 0, 0, 1, 1])
     parquet(tmp_path / "test-0.parquet", [0])
@@ -170,4 +176,4 @@ def test_data_that_moved_is_read_where_it_is_and_a_lost_file_is_a_rejected_row(f
     decoded, rejected = units.decode_rows(table, DataConfig(path=str(moved), image_size=8))
     assert units.pixels_of(decoded)[:, 0, 0, 0].tolist() == [10, 20, 40, 50]
     assert [row["key"] for row in rejected] == ["a_cat/30.png"]
-    assert "no file at" in rejected[0]["reason"]
+    assert "No such file or directory" in rejected[0]["reason"]

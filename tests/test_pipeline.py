@@ -97,7 +97,9 @@ def test_every_stage_leaves_a_whole_folder(finished: tuple[Path, str]) -> None:
         assert record["rows_done"] + record["rows_rejected"] == record["rows_in"]
         assert record["seconds"] > 0
         assert record["versions"]["torch"] == torch.__version__
-    assert not list(folder.rglob("*.tmp*")), "temporary files were left"
+    assert not [path for path in folder.rglob(".*") if path.name.startswith((".part", "._", ".status", ".plan", ".report"))], (
+        "temporary files were left"
+    )
     assert {stage["state"] for stage in json.loads((folder / "status.json").read_text())["stages"].values()} == {"done"}
     assert load(folder / "config.yaml").arms.keys() == {"D2C", "Random+Attach"}
 
@@ -232,41 +234,63 @@ def test_scores_do_not_depend_on_actors_or_batches(finished: tuple[Path, str], t
     assert not plan.of("teacher")[0].dir.success()["facts"]["trained_here"]
 
 
-def test_killed_twice_and_run_again_it_ends_as_if_undisturbed(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """SIGKILL of the driver while the teacher trains and while shards are scored."""
-    folder, args = (
-        tmp_path / "debug",
-        ("score", str(DEBUG), f"run.dir={tmp_path}", "data.rows_per_shard=10", "resources.rows_per_task=5", "resources.actors=1"),
+def test_killed_at_every_turn_it_ends_as_if_undisturbed(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """SIGKILL of the driver while the teacher trains, shards are scored, the student trains and its images are measured."""
+    folder = tmp_path / "debug"
+    args = ("run", str(DEBUG), f"run.dir={tmp_path}", "data.rows_per_shard=10", "resources.rows_per_task=5", "resources.actors=1")
+    turns = {
+        "teacher-*/checkpoints/checkpoint_*/state.json": 1,
+        "scores-*/part-*.parquet": 2,
+        "train-*/checkpoints/checkpoint_*/state.json": 1,
+        "samples-*/part-*.parquet": 1,
+    }
+    kept: dict[Path, int] = {}
+    for pattern, count in turns.items():
+        process = start(*args)
+        wait_for(lambda pattern=pattern, count=count: len(list(folder.glob(pattern))) >= count, process)
+        kill(process)
+        kept |= {
+            path: path.stat().st_mtime_ns
+            for part in ("teacher-*/data/part-*", "scores-*/part-*", "*/_SUCCESS.json")
+            for path in folder.glob(part)
+        }
+    assert len(list(folder.glob("scores-*/_SUCCESS.json"))) == 1
+    out = finish(start(*args))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished work was done again"
+    assert "score: scores-" in out, "finished stages are named"
+
+    table, undisturbed = (
+        tables.read(sorted(folder.glob("scores-*/part-*.parquet"))),
+        tables.read(only(finished[0], "scores-*/part-*.parquet")),
+    )
+    for column in ("key", "errors"):
+        assert table.column(column).to_pylist() == undisturbed.column(column).to_pylist()
+    curve = [json.loads(line)["images"] for line in only(folder, "train-*/metrics.jsonl").read_text().splitlines()]
+    assert curve == [128, 256, 384, 512], "every step's metrics once"
+    d2c = json.loads((finished[0] / "plan.json").read_text())["arms"]["D2C"]
+    assert json.loads(only(folder, "eval-*/metrics.json").read_text()) == json.loads(
+        (finished[0] / d2c["evaluate"] / "metrics.json").read_text()
     )
 
-    def teacher_checkpointed() -> bool:
-        return bool(list(folder.glob("teacher-*/checkpoints/checkpoint_*/state.json")))
 
-    process = start(*args)
-    wait_for(teacher_checkpointed, process)
-    kill(process)
-    read_once = only(folder, "teacher-*/data/part-000000.parquet").stat().st_mtime_ns
+def test_checkpoints_with_half_an_index_are_set_aside_and_still_used(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
 
-    def some_shards_scored() -> bool:
-        return len(list(folder.glob("scores-*/part-*.parquet"))) >= 2
+    from d2c_ray.distributed.trainer import mend_checkpoints
 
-    process = start(*args)
-    wait_for(some_shards_scored, process)
-    kill(process)
-    scored = {path: path.stat().st_mtime_ns for path in folder.glob("scores-*/part-*.parquet")}
-    marks = stamps(folder)
-    assert len(scored) < 12, "killed too late to show anything"
-
-    finish(start(*args))
-    assert only(folder, "teacher-*/data/part-000000.parquet").stat().st_mtime_ns == read_once
-    assert {path: path.stat().st_mtime_ns for path in scored} == scored, "finished shards were scored again"
-    assert {name: when for name, when in stamps(folder).items() if name in marks} == marks
-    table = tables.read(sorted(folder.glob("scores-*/part-*.parquet")))
-    undisturbed = tables.read(only(finished[0], "scores-*/part-*.parquet"))
-    assert table.column("key").to_pylist() == undisturbed.column("key").to_pylist()
-    assert table.column("errors").to_pylist() == undisturbed.column("errors").to_pylist()
-    curve = [json.loads(line)["images"] for line in only(folder, "teacher-*/metrics.jsonl").read_text().splitlines()]
-    assert curve == [128, 256, 384, 512], "every step's metrics once"
+    folder = tmp_path / "checkpoints"
+    for name, step in (("checkpoint_1", 3), ("checkpoint_2", 7), ("checkpoint_3", 9)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "state.json").write_text(json.dumps({"step": step}))
+        save_file({"x": torch.zeros(2)}, folder / name / "state.safetensors")
+    (folder / "checkpoint_3" / "state.safetensors").write_bytes(b"half")
+    index = folder / "checkpoint_manager_snapshot.json"
+    index.write_text("{}")
+    assert mend_checkpoints(folder) is None
+    index.write_text('{"half')
+    assert mend_checkpoints(folder) == tmp_path / "checkpoints-set-aside-0" / "checkpoint_2"
+    assert not folder.exists()
+    assert mend_checkpoints(folder) == tmp_path / "checkpoints-set-aside-0" / "checkpoint_2", "killed again before the first new one"
 
 
 @pytest.fixture

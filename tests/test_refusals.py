@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import DEBUG, ROOT
 
-from d2c_ray import pipeline
+from d2c_ray import pipeline, plan
 from d2c_ray.errors import UserError
 from d2c_ray.models import weights
 from d2c_ray.models.transformer import Transformer, TransformerSpec
@@ -38,6 +38,8 @@ def model_folder(path: Path, classes: int = 10, size: int = 8, names: list[str] 
         (["arms.small.select.budget=3", "arms.fine.select.budget=20"], "arm 'small': select.budget asks for 3"),
         (["sample.num_images=3"], "too few to evaluate with evaluate.neighbours=3"),
         (["resources.train_workers=3"], "train.batch_size=32 does not divide into 3 workers"),
+        (["resources.train_workers=2", "arms.a.train.batch_size=40"], "train.batch_size=40 does not divide into 2 workers"),
+        (["resources.teacher_workers=2", "teacher.train.batch_size=40"], "teacher.train.batch_size=40 does not divide"),
     ],
 )
 def test_the_data_does_not_allow_it(debug_config, overrides: list[str], words: str) -> None:
@@ -62,6 +64,8 @@ def test_teachers_that_do_not_fit_are_refused(debug_config, tmp_path: Path) -> N
     refused("there is no such folder", tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     refused(r"holds no model\.json", tmp_path / "empty")
+    model_folder(tmp_path / "headless").joinpath("ema.safetensors").unlink()
+    refused(r"has no ema\.safetensors", tmp_path / "headless")
     refused("works on 1 x 16 x 16 latents.*give 1 x 8 x 8", model_folder(tmp_path / "large", size=16))
     refused("knows 7 classes; the data has 10", model_folder(tmp_path / "few", classes=7))
     refused("trained on other classes.*label 0: 'cat' and 'zero'", model_folder(tmp_path / "other", names=["cat"] * 10))
@@ -77,18 +81,18 @@ def test_missing_encoders_are_refused_before_anything(debug_config, monkeypatch:
     config = debug_config()
     with pytest.raises(UserError, match="pip install"):
         pipeline.run(config, say=lambda text: None)
-    assert not pipeline.run_folder(config).exists()
+    assert not plan.run_folder(config).exists()
 
 
 def test_a_run_folder_belongs_to_one_process(debug_config, tmp_path: Path) -> None:
     config = debug_config()
-    with Lock(pipeline.run_folder(config)):
+    with Lock(plan.run_folder(config)):
         done = subprocess.run(
             [sys.executable, "-m", "d2c_ray.cli", "manifest", str(DEBUG), f"run.dir={tmp_path}"], capture_output=True, text=True, cwd=ROOT
         )
     assert done.returncode == 2
     assert "is being written by process" in done.stderr
-    assert not (pipeline.run_folder(config) / "plan.json").exists()
+    assert not (plan.run_folder(config) / "plan.json").exists()
     done = subprocess.run(
         [sys.executable, "-m", "d2c_ray.cli", "manifest", str(DEBUG), f"run.dir={tmp_path}"], capture_output=True, text=True, cwd=ROOT
     )

@@ -159,6 +159,15 @@ def open(folder: str | Path, cache_dir: str | Path | None = None) -> Condensed:
     return Condensed(meta, arrays, read_text(folder / CLASSES) if (folder / CLASSES).is_file() else None)
 
 
+def vision_width(folder: Path) -> int:
+    """Width of the vision tokens of a condensed dataset, 0 where it has none."""
+    for part in sorted(folder.glob("part-*.parquet")):
+        found = pq.read_schema(part)
+        if "vision" in found.names:
+            return int(json.loads(found.field("vision").metadata[b"shape"])[-1])
+    return 0
+
+
 def cache_path(folder: Path, meta: dict[str, Any], cache_dir: str | Path | None) -> Path:
     """Where the node's copy of a condensed dataset lies: by its fingerprint, so that two datasets never share one."""
     root = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"d2c_ray-cache-{os.getuid()}"

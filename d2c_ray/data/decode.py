@@ -26,16 +26,20 @@ def decode(content: bytes, size: int, channels: int, max_pixels: int) -> np.ndar
         raise Undecodable("empty: 0 bytes")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > max_pixels:
-                raise Undecodable(f"{image.width} x {image.height} pixels, more than data.max_pixels={max_pixels}")
+            # Also once its short side is brought to `size`: a picture of 1 x 60,000 pixels is a bomb too.
+            growth = max(1.0, size / min(image.size)) ** 2
+            if image.width * image.height * growth > max_pixels:
+                raise Undecodable(
+                    f"{image.width} x {image.height} pixels, more than data.max_pixels={max_pixels} when read or cropped to {size}"
+                )
             image.load()
             return centre_crop(_to_mode(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"), size)
     except UnidentifiedImageError:
         raise Undecodable(f"no known image format in {len(content)} bytes") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        if isinstance(error, Undecodable):
-            raise
-        # What PIL raises for broken files is not one exception; the text says what it met.
+    except (Undecodable, MemoryError):
+        raise
+    except Exception as error:
+        # Broken files make PIL raise anything (struct.error, TypeError, SyntaxError, ...); the text says what it met.
         raise Undecodable(f"{type(error).__name__}: {error}") from None
 
 

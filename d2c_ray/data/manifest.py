@@ -241,7 +241,7 @@ def _names_of(found: pa.Schema, data: DataConfig) -> list[str]:
 def _class_names(given: Path | None, names: list[str], labels: np.ndarray) -> list[str]:
     count = int(labels.max()) + 1
     if given is not None:
-        names = [line.strip() for line in given.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in given.read_text().rstrip().splitlines()]  # an empty line is a class without a name
         if len(names) < count:
             raise UserError(f"'{given}' names {len(names)} classes; the labels go up to {count - 1}, so {count} lines are needed.")
     return names[:count] + [""] * (count - len(names))

@@ -46,8 +46,8 @@ def decode_rows(rows: pa.Table, data: DataConfig, keep_bytes: bool = False) -> t
         try:
             content = manifest.read_bytes(row, root, data.image_column)
             pixels.append(decode(content, data.image_size, data.channels, data.max_pixels))
-        except (Undecodable, FileNotFoundError) as error:
-            reason = f"no file at {root / row['uri']}" if isinstance(error, FileNotFoundError) else str(error)
+        except (Undecodable, FileNotFoundError, PermissionError) as error:
+            reason = str(error) if isinstance(error, Undecodable) else f"{error.strerror}: {root / row['uri']}"
             rejected.append({"key": row["key"], "uri": row["uri"], "reason": reason})
             continue
         good.append(index)

@@ -37,6 +37,8 @@ def connect(resources: ResourcesConfig) -> None:
         return
     # Where Ray's own files go; a private folder lets several local Rays live on one machine.
     temp_dir = os.environ.get("D2C_RAY_TMPDIR")
+    # A stage that is left behind by a failed one must not start a Ray of its own.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     # The default minute is short for loaded machines and for clusters that have yet to add a node.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     # Says at every start that authentication, which is on, is on.
@@ -87,6 +89,14 @@ def cores() -> int:
 
 def total_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def gpu_name() -> str:
+    """The kind of GPU of the cluster as Ray names it, for example 'H200'; empty without GPUs."""
+    if not total_gpus():
+        return ""
+    kinds = sorted(name.removeprefix("accelerator_type:") for name in ray.cluster_resources() if name.startswith("accelerator_type:"))
+    return "+".join(kinds) or "GPU"
 
 
 def train_on_gpus() -> bool:

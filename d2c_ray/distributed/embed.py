@@ -30,7 +30,9 @@ def embed_samples(config: Config, parts: list[Path], out: Path, share: Share, re
 
 def _embed(config: Config, work: list[dict[str, Any]], out: Path, share: Share, rejects: Rejects, progress: Progress) -> None:
     if out.is_file():
-        progress.advance(len(tables.read(out, ["id"])))
+        rejected = tables.metadata(out)["rejected"]
+        rejects.add(rejected)
+        progress.advance(len(tables.read(out, ["id"])) + len(rejected))
         return
     actor_args = {"evaluate": config.evaluate, "data": config.data, "device": share.device, "threads": share.threads}
     found = []
@@ -42,4 +44,8 @@ def _embed(config: Config, work: list[dict[str, Any]], out: Path, share: Share, 
     order = np.argsort(ids)
     fields = tables.arrow_schema(schema.FEATURES, {"features": ("float32", features.shape[1:])})
     columns = [pa.array(ids[order].astype(np.int64)), pa.array(labels[order].astype(np.int32)), tables.tensor_column(features[order])]
-    tables.write(out, pa.table(columns, schema=fields), {"network": config.evaluate.network})
+    tables.write(
+        out,
+        pa.table(columns, schema=fields),
+        {"network": config.evaluate.network, "rejected": [row for result in found for row in result["rejected"]]},
+    )

@@ -16,6 +16,7 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from safetensors import SafetensorError, safe_open
 
 from d2c_ray.config import ModelConfig, TrainConfig
 from d2c_ray.data import condensed
@@ -24,10 +25,11 @@ from d2c_ray.job import Job
 from d2c_ray.models import latents, weights
 from d2c_ray.models.transformer import TransformerSpec
 from d2c_ray.progress import Progress
-from d2c_ray.rundir import SUCCESS
+from d2c_ray.rundir import SUCCESS, write_text
 from d2c_ray.training import state
 
 METRICS = "metrics.jsonl"
+MODEL = "model"
 
 
 def condensed_facts(folder: Path) -> dict[str, Any]:
@@ -35,12 +37,11 @@ def condensed_facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / SUCCESS).read_text())["facts"]
 
 
-def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: Path, workers: int) -> str:
-    """Trains a model on the condensed dataset at `data` and returns its folder, `job.out/model`."""
+def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: Path, workers: int) -> None:
+    """Trains a model on the condensed dataset at `data` and leaves it in the folder `job.out/model`."""
     facts = condensed_facts(data)
-    dataset = condensed.open(data)
-    text = dataset.text
-    vision_width = dataset.arrays["vision"].shape[-1] if "vision" in dataset.arrays and options.align_weight > 0 else 0
+    text = condensed.read_text(data / condensed.CLASSES) if (data / condensed.CLASSES).is_file() else None
+    vision_width = condensed.vision_width(data) if options.align_weight > 0 else 0
     num_classes = max(1, len(facts["class_names"]))
     spec = latents.transformer_spec(
         model, facts["latent"], num_classes, (text[0].shape[1], text[0].shape[2]) if text else None, vision_width
@@ -53,17 +54,15 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
     with job.progress(options.num_images, done=_last(metrics).get("images", 0), title=title) as progress, _Watch(metrics, progress):
         checkpoint = _fit(spec.to_dict(), options, data, job.out, workers, use_gpu, resources.threads, max_failures)
     _export(job, checkpoint, spec, options, facts, text)
-    condensed.drop_cache(data)
-    return str((job.out / "model").absolute())
 
 
 def _export(job: Job, checkpoint: Path, spec: TransformerSpec, options: TrainConfig, facts: dict[str, Any], text: Any) -> None:
     raw = state.weights(checkpoint, "model")
     ema = {**raw, **state.weights(checkpoint, "ema")}
     weights.save(
-        job.out / "model", spec, {"ema": ema, "raw": raw},
+        job.out / MODEL, spec, {"ema": ema, "raw": raw},
         {
-            "class_names": facts["class_names"], "latent": facts["latent"], "image_size": job.config.data.image_size,
+            "class_names": facts["class_names"], "labels": facts["labels"], "latent": facts["latent"], "image_size": job.config.data.image_size,
             "text_strength": options.text_strength, "ema_decay": options.ema_decay, "images": options.num_images, "fingerprint": job.fingerprint,
         },
         {"states": text[0].contiguous(), "mask": text[1].contiguous()} if text else None,
@@ -78,6 +77,7 @@ def _fit(
     Returns:
         The folder of the last checkpoint's state.
     """
+    mended = mend_checkpoints(out / "checkpoints")
     result = TorchTrainer(
         _worker,
         train_loop_config={
@@ -86,6 +86,7 @@ def _fit(
             "condensed": str(condensed),
             "metrics": str(out / METRICS),
             "threads": threads,
+            "mended": str(mended) if mended else "",
         },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=RunConfig(
@@ -125,10 +126,32 @@ def _worker(args: dict[str, Any]) -> None:
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        run(None)
+        run(Path(args["mended"]) if args["mended"] else None)
     else:
         with checkpoint.as_directory() as folder:
             run(Path(folder))
+    if context.get_local_rank() == 0:
+        condensed.drop_cache(args["condensed"])
+
+
+def mend_checkpoints(folder: Path) -> Path | None:
+    """Sets aside checkpoints whose index Ray was writing when it was killed, and finds the newest whole one among them.
+
+    Ray does not write its index whole, and refuses to start on half of one.
+    """
+    index = folder / "checkpoint_manager_snapshot.json"
+    try:
+        json.loads(index.read_text())
+        return None
+    except FileNotFoundError:
+        pass
+    except json.JSONDecodeError:
+        folder.rename(folder.with_name(f"{folder.name}-set-aside-{len(list(folder.parent.glob(folder.name + '-*')))}"))
+    whole = []
+    for state_file in folder.parent.glob(f"{folder.name}-set-aside-*/checkpoint_*/{state.META}"):
+        with suppress(json.JSONDecodeError, SafetensorError, FileNotFoundError), safe_open(state_file.with_name(state.STATE), "pt"):
+            whole.append((json.loads(state_file.read_text())["step"], state_file.parent))
+    return max(whole)[1] if whole else None
 
 
 def _report(step: int, save: Any) -> None:
@@ -149,7 +172,7 @@ def _forget_after(metrics: Path, images: int) -> None:
     """Drops the metrics of steps that will be taken again."""
     with suppress(FileNotFoundError):
         kept = [line for line in metrics.read_text().splitlines() if line and _parsed(line).get("images", images + 1) <= images]
-        metrics.write_text("".join(line + "\n" for line in kept))
+        write_text(metrics, "".join(line + "\n" for line in kept))
 
 
 def _parsed(line: str) -> dict[str, Any]:

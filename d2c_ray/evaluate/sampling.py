@@ -18,11 +18,11 @@ def sampler_name(sample: SampleConfig, kind: str) -> str:
     return AUTO[kind] if sample.sampler == "auto" else sample.sampler
 
 
-def draw_labels(indices: Tensor, num_classes: int, class_draw: str, seed: int) -> Tensor:
-    """The class asked of each image: in turn (balanced), or drawn by (seed, i)."""
+def draw_labels(indices: Tensor, classes: Tensor, class_draw: str, seed: int) -> Tensor:
+    """The class asked of each image, one of `classes`: in turn (balanced), or drawn by (seed, i)."""
     if class_draw == "balanced":
-        return indices % num_classes
-    return torch.tensor([derive(seed, "class", int(i)) % num_classes for i in indices], dtype=torch.int64)
+        return classes[indices % len(classes)]
+    return classes[torch.tensor([derive(seed, "class", int(i)) % len(classes) for i in indices], dtype=torch.int64)]
 
 
 def image_noise(seed: int, indices: Tensor, draw: int, shape: tuple[int, ...]) -> Tensor:
@@ -46,7 +46,9 @@ def generate(student: Student, sample: SampleConfig, indices: Tensor, vae: Vae |
     device = next(student.network.parameters()).device
     shape = (spec.channels, spec.input_size, spec.input_size)
     sampler = samplers.SAMPLERS[sampler_name(sample, spec.kind)]
-    labels = draw_labels(indices, spec.num_classes, sample.class_draw, sample.seed)
+    # Labels may have gaps, and a class that was never trained is not asked for.
+    classes = torch.as_tensor(student.meta.get("labels") or range(spec.num_classes))
+    labels = draw_labels(indices, classes, sample.class_draw, sample.seed)
 
     def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=sample.precision == "bf16"):

@@ -70,6 +70,8 @@ def in_batches(run: Callable[..., Tensor], device_batch: int, *columns: Tensor) 
         run: takes as many tensors as there are columns, each `device_batch` rows, and gives as many rows back.
     """
     count = len(columns[0])
+    if not count:  # one forward on zeros tells the shape of nothing
+        return run(*(column.new_zeros(device_batch, *column.shape[1:]) for column in columns))[:0]
     results = []
     for start in range(0, count, device_batch):
         batch = [column[start : start + device_batch] for column in columns]

@@ -48,7 +48,7 @@ def save(
 
     Args:
         weights: 'ema' and 'raw', each by parameter name.
-        meta: class_names, latent (image_size, channels, vae), text_strength and anything worth knowing later.
+        meta: class_names, labels (those that were trained), latent (image_size, channels, vae), text_strength and anything worth knowing later.
         text: 'states' and 'mask' by class, where the model has a text side.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def is_current(plan: Plan) -> bool:
 
 
 def _stamp(plan: Plan) -> str:
-    content = json.dumps([VERSION, to_dict(plan.config.report), [node.name for node in plan.nodes]])
+    content = json.dumps([VERSION, to_dict(plan.config.report), plan.to_json()["arms"]])
     return f"<!-- d2c report {hashlib.sha256(content.encode()).hexdigest()[:16]} -->"
 
 

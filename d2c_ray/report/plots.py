@@ -41,7 +41,9 @@ def score_histogram(scores: np.ndarray, labels: np.ndarray, sample_ids: np.ndarr
         names = []
         for row, (label, name) in enumerate(classes):
             for index, arm in enumerate(arms):
-                mine = arm.chosen.filter(_equal(arm.chosen.column("label"), label))
+                mine = arm.chosen.filter(
+                    np.maximum(arm.chosen.column("label").to_numpy(), 0) == label
+                )  # -1 is the one class of unlabelled data
                 height = -(row * len(arms) + index) - 0.35 * row
                 x = (mine.column("rank").to_numpy() + 0.5) / np.maximum(mine.column("class_size").to_numpy(), 1)
                 bottom.hlines(height, 0, 1, color="#e6e9ee", linewidth=5, zorder=0)
@@ -75,12 +77,6 @@ def training_curves(arms: list[Arm]) -> str:
             axis.set_xlabel("images shown")
             axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
         return _svg(figure)
-
-
-def _equal(column: Any, value: int) -> Any:
-    import pyarrow.compute as pc
-
-    return pc.equal(column, value)
 
 
 def _colour(index: int) -> str:

@@ -55,7 +55,8 @@ def score(errors: np.ndarray, t: np.ndarray, kind: str) -> np.ndarray:
 
     A velocity error e_v weighs timesteps differently; the comparable noise error is e_eps = (1 - t)^2 e_v.
     """
-    weights = np.ones(len(t)) if kind == "dit" else (1.0 - np.asarray(t, np.float64)) ** 2
+    ones = torch.ones(len(t), dtype=torch.float64)
+    weights = (ones if kind == "dit" else flow.noise_error(ones, torch.as_tensor(t, dtype=torch.float64))).numpy()
     return (errors.astype(np.float64) * weights).mean(1).astype(np.float32)
 
 

@@ -29,8 +29,13 @@ def interval_ranks(size: int, count: int, k: int = 0, f: float = 0.0) -> np.ndar
     return steps * ((size - 1) // (count - 1)) if count > 1 else steps
 
 
-def nominal_fraction(ranks: np.ndarray, size: int) -> float:
-    """f as the paper counts it, n k / N_c for the stride that was used: the share of the class sampled evenly."""
+def nominal_fraction(ranks: np.ndarray, size: int, f: float = 0.0) -> float:
+    """f as the paper counts it, n k / N_c for the stride that was used: the share of the class sampled evenly.
+
+    By f it is that f, unless the class was too small for it.
+    """
+    if f and Fraction(str(f)) * size >= len(ranks):
+        return f
     if len(ranks) < 2:
         return 1 / size if len(ranks) else 0.0
     return len(ranks) * (ranks[-1] / (len(ranks) - 1)) / size

@@ -42,7 +42,7 @@ def run(job: Job) -> Result:
     return Result(
         len(rows), sum(part["rows"] for part in facts), 0,
         {
-            "class_names": names, "flip": config.data.flip, "latent": latent, "fingerprint": job.fingerprint,
+            "class_names": names, "labels": sorted({max(0, label) for label in rows.column("label").to_pylist()}), "flip": config.data.flip, "latent": latent, "fingerprint": job.fingerprint,
             "text_encoder": text.encoder, "vision_encoder": config.attach.vision.encoder, "vision_cosine_min": min(cosines) if cosines else None,
             "bytes": sum(path.stat().st_size for path in job.out.glob("part-*.parquet")),
         },

@@ -29,4 +29,5 @@ def run(job: Job) -> Result:
         "reference": len(chosen) - held_out,
         "network": config.evaluate.network,
     }
-    return Result(len(table), len(table) - len(rejects.rows), len(rejects.rows), facts)
+    done = len(tables.read(job.out / "features.parquet", ["id"]))
+    return Result(len(table), done, len(rejects.rows), facts)

@@ -1,8 +1,6 @@
 """sample: images of a trained student."""
 
-from pathlib import Path
-
-from d2c_ray.distributed import cluster, pool
+from d2c_ray.distributed import cluster, pool, trainer
 from d2c_ray.distributed.actors import Sampler
 from d2c_ray.evaluate import sampling
 from d2c_ray.job import Job, Result
@@ -13,6 +11,7 @@ UNIT_BATCHES = 2  # device batches a part
 
 def run(job: Job) -> Result:
     config, trained = job.config, job.facts("train")
+    model = job.inputs["train"].path / trainer.MODEL
     sample = config.sample
     share = cluster.share(config.resources, job.places)
     per_unit = sample.device_batch * UNIT_BATCHES
@@ -23,7 +22,7 @@ def run(job: Job) -> Result:
     work = [unit for unit in parts if not (job.out / f"part-{unit['unit']:06d}.parquet").is_file()]
     finished = sum(unit["stop"] - unit["start"] for unit in parts if unit not in work)
     actor_args = {
-        "model": trained["model"],
+        "model": str(model),
         "out": str(job.out),
         "sample": sample,
         "vae": config.vae,
@@ -34,7 +33,7 @@ def run(job: Job) -> Result:
         for _, result in pool.run_pool(Sampler, actor_args, work, share):
             progress.advance(result["rows"])
             finished += result["rows"]
-    spec = weights.read_meta(Path(trained["model"]))["spec"]
+    spec = weights.read_meta(model)["spec"]
     record = {
         "sampler": sampling.sampler_name(sample, spec["kind"]), "steps": sample.steps, "guidance": sample.guidance, "guidance_interval": None,
         "weights": sample.weights, "ema_decay": trained["ema_decay"], "vae_decoder": latents.latent_facts(config).get("vae"), "class_draw": sample.class_draw,

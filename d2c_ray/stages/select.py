@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from d2c_ray import schema
+from d2c_ray.config import DEFAULT_F
 from d2c_ray.data import tables
 from d2c_ray.job import Job, Result
 from d2c_ray.selection import rank
@@ -34,7 +35,7 @@ def run(job: Job) -> Result:
         by_class.append(
             {
                 "label": label, "name": names[max(label, 0)], "size": len(members), "quota": quota,
-                "nominal_f": nominal_fraction(sorted_ranks, len(members)) if options.selector == "interval" else None,
+                "nominal_f": nominal_fraction(sorted_ranks, len(members), 0.0 if options.k else options.f or DEFAULT_F) if options.selector == "interval" else None,
                 "deepest_rank": float(sorted_ranks[-1] / len(members)) if quota else None,
                 "score_min": float(members.scores[taken].min()) if quota else None, "score_max": float(members.scores[taken].max()) if quota else None,
             }

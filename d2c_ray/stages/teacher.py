@@ -1,7 +1,5 @@
 """teacher: the model that judges difficulty, given or trained on all the data."""
 
-from pathlib import Path
-
 from d2c_ray import job as jobs
 from d2c_ray.config import AttachConfig
 from d2c_ray.distributed import attach, cluster, trainer
@@ -18,9 +16,7 @@ def run(job: jobs.Job) -> jobs.Result:
     if config.teacher.checkpoint:
         folder = checked_checkpoint(config)
         meta = weights.read_meta(folder)
-        return jobs.Result(
-            data["rows"], data["rows"], 0, {"model": str(folder.absolute()), "kind": meta["spec"]["kind"], "trained_here": False}
-        )
+        return jobs.Result(data["rows"], data["rows"], 0, {"kind": meta["spec"]["kind"], "trained_here": False})
 
     # Everything in the form the training loop reads, without attachments.
     whole = job.out / "data"
@@ -43,15 +39,13 @@ def run(job: jobs.Job) -> jobs.Result:
                 False,
             )
         facts = {
-            "class_names": data["class_names"], "flip": config.data.flip, "latent": latent, "fingerprint": f"{job.fingerprint}-all",
+            "class_names": data["class_names"], "labels": [label for label, size in enumerate(data["class_counts"]) if size], "flip": config.data.flip, "latent": latent, "fingerprint": f"{job.fingerprint}-all",
             "rows": sum(part["rows"] for part in parts), "rejected": rejects.rows,
         }  # fmt: skip
         write_json(whole / SUCCESS, {"facts": facts})
-    model = trainer.train(job, "teacher: train", config.teacher.model, config.teacher.train, whole, config.resources.teacher_workers)
+    trainer.train(job, "teacher: train", config.teacher.model, config.teacher.train, whole, config.resources.teacher_workers)
     rejects.rows = trainer.condensed_facts(whole)["rejected"]
     rejects.write(job.out)
-    done = data["rows"] - len(rejects.rows)
-    spec = weights.read_meta(Path(model))["spec"]
-    return jobs.Result(
-        data["rows"], done, len(rejects.rows), {"model": model, "kind": spec["kind"], "trained_here": True, "metrics": "metrics.jsonl"}
-    )
+    done = trainer.condensed_facts(whole)["rows"]
+    spec = weights.read_meta(job.out / trainer.MODEL)["spec"]
+    return jobs.Result(data["rows"], done, len(rejects.rows), {"kind": spec["kind"], "trained_here": True, "metrics": "metrics.jsonl"})

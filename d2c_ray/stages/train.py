@@ -7,7 +7,5 @@ from d2c_ray.job import Job, Result
 def run(job: Job) -> Result:
     config = job.config
     rows = job.inputs["attach"].success()["rows_done"]
-    model = trainer.train(job, job.title, config.model, config.train, job.inputs["attach"].path, config.resources.train_workers)
-    return Result(
-        rows, rows, 0, {"model": model, "metrics": "metrics.jsonl", "images": config.train.num_images, "ema_decay": config.train.ema_decay}
-    )
+    trainer.train(job, job.title, config.model, config.train, job.inputs["attach"].path, config.resources.train_workers)
+    return Result(rows, rows, 0, {"metrics": "metrics.jsonl", "images": config.train.num_images, "ema_decay": config.train.ema_decay})
