@@ -188,6 +188,15 @@ def test_running_again_redoes_nothing_and_starts_no_ray(finished: tuple[Path, st
     assert "Fréchet distance" in out
 
 
+def test_a_single_stage_says_where_it_left_what(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    out = finish(start("select", str(DEBUG), f"run.dir={folder.parent}", *ARMS))
+    assert "select (D2C): " in out
+    assert "select (Random+Attach): " in out
+    assert out.count("nominal f") == 2
+    assert out.count("0.750") == 10, "f of each class, for the interval selector alone"
+
+
 def test_a_changed_knob_changes_no_folder_and_a_changed_setting_does(finished: tuple[Path, str]) -> None:
     from d2c_ray import plan
 
