@@ -17,17 +17,20 @@ from d2c_ray.rundir import write_json
 def run(job: Job) -> Result:
     config = job.config
     subset_rows = job.inputs["attach"].path / "rows.parquet"
-    sampled, subset = config.sample.num_images, job.inputs["attach"].success()["rows_done"]
+    ids, labels, features = _features(job.inputs["reference"].path / "features.parquet")
+    subset = tables.read(subset_rows, ["sample_id"]).column("sample_id").to_numpy()
+    # Small datasets are in the reference whole, so that the subset's features are there already.
+    known = bool(np.isin(subset, ids).all())
+    total = config.sample.num_images + (0 if known else len(subset))
     share = cluster.share(config.resources, job.places)
-    rejects = Rejects("evaluate", sampled + subset, 0.0)
-    with job.progress(sampled + subset) as progress:
+    rejects = Rejects("evaluate", total, 0.0)
+    with job.progress(total) as progress:
         embed.embed_samples(config, job.inputs["sample"].parts(), job.out / "samples.parquet", share, rejects, progress)
-        embed.embed_rows(config, subset_rows, job.out / "subset.parquet", share, rejects, progress)
-    reference_path = job.inputs["reference"].path / "features.parquet"
-    ids, labels, features = _features(reference_path)
+        if not known:
+            embed.embed_rows(config, subset_rows, job.out / "subset.parquet", share, rejects, progress)
     held_out = np.isin(ids, job.facts("reference")["held_out_ids"])
     _, asked, generated = _features(job.out / "samples.parquet")
-    _, _, kept = _features(job.out / "subset.parquet")
+    kept = features[np.isin(ids, subset)] if known else _features(job.out / "subset.parquet")[2]
     metrics = measure(
         reference=features[~held_out], reference_labels=labels[~held_out], held_out=features[held_out], held_out_labels=labels[held_out],
         generated=generated, asked=asked, subset=kept, neighbours=config.evaluate.neighbours,
@@ -45,7 +48,7 @@ def run(job: Job) -> Result:
         "seeds": 1,
     }
     write_json(job.out / "metrics.json", {**metrics, "record": record})
-    return Result(sampled + subset, sampled + subset, 0, {**metrics, "record": record})
+    return Result(total, total, 0, {**metrics, "record": record})
 
 
 def _features(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

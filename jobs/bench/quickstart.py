@@ -46,8 +46,9 @@ def tree_bytes(pid: int) -> int:
     with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
         for process in [parent, *parent.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                total += process.memory_full_info().pss
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()  # one line a process; the full map costs a tenth of a core
+                total += 1024 * int(rollup.split("\nPss:")[1].split()[0])
     return total
 
 
