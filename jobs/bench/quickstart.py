@@ -1,6 +1,6 @@
 """The quickstart as a user runs it: seconds, memory, a rerun, and whether its digits are digits.
 
-    python jobs/bench/quickstart.py [--quick]
+    python jobs/bench/quickstart.py [--quick] [--runs N]
 
 Runs `d2c run configs/quickstart.yaml` twice into fresh folders, then once more into the second; --quick does the same once
 with configs/debug.yaml. Memory is the largest sum over the process tree of proportional set sizes, read every second.
@@ -77,11 +77,13 @@ def label_agreement(run_folder: Path) -> tuple[dict[str, float], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one run of configs/debug.yaml")
-    quick = parser.parse_args().quick
+    parser.add_argument("--runs", type=int, default=2, help="fresh runs, of which the fastest counts")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     config = ROOT / "configs" / ("debug.yaml" if quick else "quickstart.yaml")
     seconds, peaks = [], []
     with tempfile.TemporaryDirectory() as temporary:
-        for index in range(1 if quick else 2):
+        for index in range(1 if quick else arguments.runs):
             folder = Path(temporary) / str(index)
             folder.mkdir()
             taken, peak = run(config, folder)
