@@ -22,11 +22,11 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = "auto"  # auto | digits | folder (of class folders) | parquet
-    path: str = ""  # file or folder of the source
+    source: str = "auto"  # auto | digits | folder (of class folders) | parquet | webdataset (tar files)
+    path: str = ""  # file or folder of the source, or s3://bucket/prefix
     pattern: str = ""  # only files whose name matches this glob (train-*.parquet)
-    image_column: str = "image"  # Parquet: struct<bytes, path> or plain binary
-    label_column: str = "label"  # Parquet: integer labels; empty: no labels, one class
+    image_column: str = "image"  # Parquet: struct<bytes, path> or plain binary; tars: the extension, where samples hold several images
+    label_column: str = "label"  # Parquet: integer labels; tars: the field of .json members; empty: no labels, one class
     classes: str = ""  # text file of class names, line i for label i; empty: what the source says
     version: str = ""  # change it to have a source read anew that looks unchanged
     image_size: int = 32  # pixels a side after the centre crop
@@ -39,10 +39,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class StorageConfig:
+    """How s3:// is reached; none of it can change a result. Credentials come from the usual chain (environment, profile, role)."""
+
+    endpoint: str = ""  # URL of an S3-compatible service; empty: AWS
+    region: str = ""  # empty: what the environment says
+    anonymous: bool = False  # public buckets, unsigned requests
+    attempts: int = 8  # tries a request, with growing pauses between them, before it counts as failed
+    timeout_sec: float = 30.0  # a connection or an answer that stays silent for so long is given up and tried again
+
+
+@dataclass(frozen=True)
 class VaeConfig:
     path: str = ""  # local folder or hub name of an AutoencoderKL; empty: train in pixels
     subfolder: str = ""  # 'vae' inside a diffusers pipeline folder
-    precision: str = "fp32"  # fp32 | bf16
+    precision: str = "fp32"  # fp32 | bf16 | fp16
     device_batch: int = 8  # images a forward, always
 
 
@@ -81,7 +92,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    checkpoint: str = ""  # folder of a model trained by this project; empty: train the model below on all the data
+    # A model folder of this project, or a diffusers pipeline with a DiT: a local folder or a hub name (facebook/DiT-XL-2-256).
+    checkpoint: str = ""  # empty: train the model below on all the data
+    classes: str = ""  # text file, line i: the teacher's class (name or number) of the data's label i; empty: matched by name
     model: ModelConfig = field(default_factory=lambda: ModelConfig(size="S"))
     train: TrainConfig = field(default_factory=lambda: TrainConfig(align_weight=0.0))
 
@@ -91,8 +104,10 @@ class ScoreConfig:
     num_timesteps: int = 16  # |T|, midpoints of as many equal strata
     t_min: float = 0.0  # range of the strata, 0: clean, 1: noise
     t_max: float = 1.0
-    precision: str = "fp32"  # fp32 | bf16
+    precision: str = "fp32"  # fp32 | bf16 | fp16 (autocast)
     device_batch: int = 64  # (image, timestep) pairs a forward, always
+    compile: bool = False  # torch.compile the teacher
+    cache_latents: bool = False  # with a VAE: keep the latents of all images for attach, in the same pass
     seed: int = 0
 
 
@@ -164,6 +179,8 @@ class ResourcesConfig:
     address: str = ""  # Ray address; empty: a local Ray of this run's own
     num_cpus: int = 0  # logical CPUs of the local Ray; 0: the cores and two for light work
     actors: int = 0  # of scoring, attaching, sampling and evaluating; 0: one a GPU, or one a core without GPUs
+    min_actors: int = 0  # a pool starts with so many and grows to `actors`; 0: all at once
+    autoscaling: bool = False  # the cluster adds nodes on demand: wait for actors that do not fit yet, and say so
     gpus_per_actor: float = -1.0  # -1: one where the cluster has GPUs
     rows_per_task: int = 256  # images a decode task
     train_workers: int = 1  # a training
@@ -176,6 +193,7 @@ class ResourcesConfig:
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
@@ -195,16 +213,16 @@ DEFAULT_F = 0.75  # of the interval selector when neither k nor f is given; the 
 ARM_SECTIONS = ("select", "attach", "model", "train")
 
 CHOICES = {
-    "data.source": ("auto", "digits", "folder", "parquet"),
+    "data.source": ("auto", "digits", "folder", "parquet", "webdataset"),
     "data.channels": (1, 3),
-    "vae.precision": ("fp32", "bf16"),
+    "vae.precision": ("fp32", "bf16", "fp16"),
     "model.kind": ("sit", "dit"),
     "model.size": tuple(MODEL_SIZES),
     "teacher.model.kind": ("sit", "dit"),
     "teacher.model.size": tuple(MODEL_SIZES),
     "train.precision": ("fp32", "bf16"),
     "teacher.train.precision": ("fp32", "bf16"),
-    "score.precision": ("fp32", "bf16"),
+    "score.precision": ("fp32", "bf16", "fp16"),
     "select.selector": ("interval", "random", "easiest", "hardest"),
     "select.balance": ("equal", "proportional"),
     "attach.text.encoder": ("none", "minilm"),
@@ -230,6 +248,7 @@ MINIMUM = {
     "evaluate.neighbours": 1, "evaluate.max_reference": 0, "evaluate.device_batch": 1,
     "report.classes": 1, "report.images_per_class": 1, "resources.rows_per_task": 1, "resources.train_workers": 1,
     "resources.teacher_workers": 1, "resources.threads": 1, "resources.actors": 0, "resources.num_cpus": 0,
+    "resources.min_actors": 0, "storage.attempts": 1,
 }  # fmt: skip
 
 
@@ -396,6 +415,15 @@ def check(config: Config) -> None:
             template.format(name="name")
         except (KeyError, IndexError, ValueError) as error:
             raise UserError(f"attach.text.template='{template}' cannot be filled in ({error!r}); {{name}} is the only field.") from None
+    if not config.storage.timeout_sec > 0:
+        raise UserError(f"storage.timeout_sec={config.storage.timeout_sec} must be above 0.")
+    if config.score.cache_latents and not config.vae.path:
+        raise UserError("score.cache_latents=true without a VAE (vae.path): pixels are their own latents.")
+    resources = config.resources
+    if resources.actors and resources.min_actors > resources.actors:
+        raise UserError(f"resources.min_actors={resources.min_actors} is above resources.actors={resources.actors}.")
+    if resources.autoscaling and not resources.actors:
+        raise UserError("resources.autoscaling=true needs resources.actors, the most actors that a pool may grow to.")
     if config.model.kind == "dit" and config.sample.steps > 1000:
         raise UserError(f"sample.steps={config.sample.steps}: a dit's schedule has 1000 steps.")
     if "://" in config.run.dir:

@@ -16,7 +16,7 @@ import numpy as np
 from d2c_ray.config import Config, arm_configs, to_dict
 from d2c_ray.data import manifest
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen, latents, weights
+from d2c_ray.models import frozen, latents, teachers
 from d2c_ray.rundir import StageDir
 from d2c_ray.selection import rank
 from d2c_ray.training.batches import BLOCK
@@ -82,7 +82,7 @@ def make(config: Config) -> Plan:
     Raises:
         UserError: a source, a checkpoint or weights that are not there, shapes that do not fit.
     """
-    source = manifest.fingerprint(manifest.find(config.data), config.data)
+    source = manifest.fingerprint(manifest.find(config.data, config.storage), config.data, config.storage)
     folder = run_folder(config)
     nodes: dict[str, Node] = {}
     arms: dict[str, dict[str, Node]] = {}
@@ -130,7 +130,10 @@ def _manifest(config: Config) -> dict[str, Any]:
 
 def _teacher(config: Config) -> dict[str, Any]:
     if config.teacher.checkpoint:
-        return {"checkpoint": weights.content_hash(checked_checkpoint(config))}
+        folder, _ = checked_checkpoint(config)
+        file = Path(config.teacher.classes).expanduser()
+        classes = file.read_text() if config.teacher.classes and file.is_file() else ""
+        return {"checkpoint": teachers.content_hash(folder), "classes": classes}
     return {
         **_latent(config),
         "flip": config.data.flip,
@@ -140,7 +143,7 @@ def _teacher(config: Config) -> dict[str, Any]:
 
 
 def _score(config: Config) -> dict[str, Any]:
-    return {**_latent(config), "score": to_dict(config.score)}
+    return {**_latent(config), "score": _without(config.score, "cache_latents")}
 
 
 def _select(config: Config) -> dict[str, Any]:
@@ -184,7 +187,7 @@ STAGES: dict[str, tuple[tuple[str, ...], Callable[[Config], dict[str, Any]]]] = 
     "teacher": (("manifest",), _teacher),
     "score": (("manifest", "teacher"), _score),
     "select": (("manifest", "score"), _select),
-    "attach": (("manifest", "select"), _attach),
+    "attach": (("manifest", "score", "select"), _attach),  # score: for the latents it may have kept
     "train": (("manifest", "attach"), _train),
     "sample": (("train",), _sample),
     "reference": (("manifest",), _reference),
@@ -192,31 +195,31 @@ STAGES: dict[str, tuple[tuple[str, ...], Callable[[Config], dict[str, Any]]]] = 
 }
 
 
-def checked_checkpoint(config: Config) -> Path:
-    """The teacher's model folder, its latent space compared with the data's.
+def checked_checkpoint(config: Config) -> tuple[Path, teachers.Facts]:
+    """The teacher's folder and what it says, its latent space compared with the data's.
 
     Raises:
-        UserError: no model there, or one of another latent shape.
+        UserError: no teacher there, or one of another latent space.
     """
-    folder = Path(config.teacher.checkpoint).expanduser()
-    if not folder.is_dir():
+    given, latent = config.teacher.checkpoint, latents.latent_facts(config)
+    folder = teachers.resolve(given)
+    known = teachers.facts(folder)
+    if known.source == "diffusers" and not config.vae.path:
+        where = f"vae.path={given} vae.subfolder=vae" if known.vae_folder else "vae.path of its AutoencoderKL (stabilityai/sd-vae-ft-ema)"
+        raise UserError(f"teacher.checkpoint={given} works on the latents of a VAE, and the data is pixels: set {where}.")
+    which = "encoder" if known.latent.get("encoder") and latent.get("encoder") else "vae"
+    # Our own say it all; of a transformer that came alone nothing is known.
+    theirs = known.latent.get(which, None if "kind" in known.latent else latent.get(which))
+    if theirs != latent.get(which):
         raise UserError(
-            f"teacher.checkpoint={config.teacher.checkpoint}: there is no such folder. A model folder (train-<hash>/model of a run) would do, or empty to train a teacher."
+            f"teacher.checkpoint={given} was trained in the latents of another VAE (weights {theirs}) than vae.path={config.vae.path or '(pixels)'} ({latent.get(which)})."
         )
-    meta = weights.read_meta(folder)
-    if not (folder / "ema.safetensors").is_file():
-        raise UserError(f"teacher.checkpoint={config.teacher.checkpoint} has no ema.safetensors beside its model.json.")
-    spec, latent = meta["spec"], latents.latent_facts(config)
-    if meta.get("latent", latent).get("vae") != latent.get("vae"):
+    if (known.channels, known.side) != (latent["channels"], latent["side"]):
         raise UserError(
-            f"teacher.checkpoint={config.teacher.checkpoint} was trained in the latents of another VAE (weights {meta['latent'].get('vae')}) than vae.path={config.vae.path or '(pixels)'} ({latent.get('vae')})."
-        )
-    if (spec["channels"], spec["input_size"]) != (latent["channels"], latent["side"]):
-        raise UserError(
-            f"teacher.checkpoint={config.teacher.checkpoint} works on {spec['channels']} x {spec['input_size']} x {spec['input_size']} latents; "
+            f"teacher.checkpoint={given} works on {known.channels} x {known.side} x {known.side} latents; "
             f"data.image_size, data.channels and vae.path give {latent['channels']} x {latent['side']} x {latent['side']}."
         )
-    return folder
+    return folder, known
 
 
 def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
@@ -245,17 +248,8 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
                     "Give a text file with one name a line as data.classes, or switch text off (attach.text.encoder=none)."
                 )
     if config.teacher.checkpoint:
-        meta = weights.read_meta(checked_checkpoint(config))
-        theirs = meta.get("class_names", [])
-        if meta["spec"]["num_classes"] != max(1, len(names)):
-            raise UserError(
-                f"teacher.checkpoint={config.teacher.checkpoint} knows {meta['spec']['num_classes']} classes; the data has {len(names)}."
-            )
-        other = [f"label {i}: '{a}' and '{b}'" for i, (a, b) in enumerate(zip(theirs, names, strict=False)) if a and b and a != b]
-        if other:
-            raise UserError(
-                f"teacher.checkpoint={config.teacher.checkpoint} was trained on other classes than the data's: {'; '.join(other[:3])}."
-            )
+        _, known = checked_checkpoint(config)
+        teachers.class_map(names, data["class_counts"], known, config.teacher.classes)
     _check_batch("teacher.train.batch_size", config.teacher.train.batch_size, config.resources.teacher_workers)
     if min(rows // 2, config.sample.num_images) <= config.evaluate.neighbours + 1:
         raise UserError(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from d2c_ray.config import DataConfig, VaeConfig
+from d2c_ray.config import DataConfig, StorageConfig, VaeConfig
 from d2c_ray.data import condensed, manifest, tables, units
 from d2c_ray.errors import UserError
 from d2c_ray.models import frozen
@@ -39,8 +39,9 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def real_rows(cifar10: Path, count: int) -> tuple[pa.Table, DataConfig]:
     data = DataConfig(path=str(cifar10), pattern="train-000.parquet", image_size=32)
-    table, _ = manifest.scan(manifest.find(data), data, type("Silent", (), {"advance": lambda self, n: None})())
-    return units.decode_rows(table.slice(0, count), data, keep_bytes=True)[0], data
+    options, silent = StorageConfig(), type("Silent", (), {"advance": lambda self, n: None})()
+    table = next(manifest.scan(manifest.find(data, options), data, options, manifest.Listing(), 10_000, silent))
+    return units.decode_rows(table.slice(0, count), data, options, keep_bytes=True)[0], data
 
 
 def write(folder: Path, rows: pa.Table, **options: object) -> None:

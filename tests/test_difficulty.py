@@ -4,19 +4,20 @@ import numpy as np
 import pytest
 import torch
 
+from d2c_ray.models.teachers import Teacher
 from d2c_ray.models.transformer import Transformer, TransformerSpec
-from d2c_ray.models.weights import Student
 from d2c_ray.selection import difficulty
 from d2c_ray.selection.noise import noise
 
 
-def teacher(kind: str) -> Student:
+def teacher(kind: str) -> Teacher:
     torch.manual_seed(0)
     network = Transformer(TransformerSpec(kind, 8, 1, 2, 2, 32, 2, 4))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    return Student(network.eval().requires_grad_(False), {}, None, None, 1.0)
+    network.eval().requires_grad_(False)
+    return Teacher(kind, 1, 4, torch.device("cpu"), network, network)
 
 
 def inputs(count: int, steps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,7 +31,7 @@ def inputs(count: int, steps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def test_errors_equal_the_formula(kind: str) -> None:
     """One image and one timestep at a time, written out from the definition."""
     model, (z, label, draws), t = teacher(kind), inputs(3, 4), difficulty.timesteps(kind, 4, 0.0, 1.0)
-    found = difficulty.errors(model, z, label, draws, t, device_batch=8, bf16=False)
+    found = difficulty.errors(model, z, label, draws, t, device_batch=8)
     cumulative = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     for i in range(3):
         for j, step in enumerate(t.tolist()):
@@ -43,15 +44,15 @@ def test_errors_equal_the_formula(kind: str) -> None:
 
 def test_bits_do_not_depend_on_how_rows_arrive() -> None:
     model, (z, label, draws), t = teacher("sit"), inputs(13, 5), difficulty.timesteps("sit", 5, 0.0, 1.0)
-    whole = difficulty.errors(model, z, label, draws, t, device_batch=16, bf16=False)
+    whole = difficulty.errors(model, z, label, draws, t, device_batch=16)
     for size in (1, 7):
         pieces = [
-            difficulty.errors(model, z[i : i + size], label[i : i + size], draws[i : i + size], t, device_batch=16, bf16=False)
+            difficulty.errors(model, z[i : i + size], label[i : i + size], draws[i : i + size], t, device_batch=16)
             for i in range(0, 13, size)
         ]
         assert torch.equal(torch.cat(pieces), whole)
     order = torch.randperm(13, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(difficulty.errors(model, z[order], label[order], draws[order], t, device_batch=16, bf16=False), whole[order])
+    assert torch.equal(difficulty.errors(model, z[order], label[order], draws[order], t, device_batch=16), whole[order])
 
 
 def test_noise_is_a_function_of_seed_key_and_draw() -> None:
@@ -72,15 +73,33 @@ def test_score_weighs_a_velocity_error_as_a_noise_error() -> None:
     assert difficulty.score(errors, t, "sit").tolist() == pytest.approx([(0.75**2 + 0.25**2) / 2, 4 * 0.75**2 / 2])
 
 
+def stability(errors: np.ndarray, labels: np.ndarray, t: np.ndarray) -> float | None:
+    return difficulty.rank_stability(*difficulty.half_scores(errors, t, "dit"), labels)
+
+
 def test_rank_stability_of_signal_and_of_noise() -> None:
     rng = np.random.default_rng(0)
     labels, t = np.repeat([0, 1], 400), np.linspace(0, 999, 8)
     signal = rng.random((800, 1)) + 0.02 * rng.random((800, 8))
-    assert difficulty.rank_stability(signal, labels, t, "dit") > 0.97
-    assert abs(difficulty.rank_stability(rng.random((800, 8)), labels, t, "dit")) < 0.2
+    assert stability(signal, labels, t) > 0.97
+    assert abs(stability(rng.random((800, 8)), labels, t)) < 0.2
     # A difference between the classes alone is no signal within them.
-    assert abs(difficulty.rank_stability(rng.random((800, 8)) + 10 * labels[:, None], labels, t, "dit")) < 0.2
-    assert difficulty.rank_stability(signal[:, :1], labels, t[:1], "dit") is None
+    assert abs(stability(rng.random((800, 8)) + 10 * labels[:, None], labels, t)) < 0.2
+    assert stability(np.ones((800, 8)), labels, t) is None
+    assert stability(signal[:2], labels[:2], t[:8]) is None
+
+
+def test_rank_stability_is_spearman_a_class_corrected() -> None:
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(1)
+    labels = rng.choice([-1, 0, 3, 7], 500, p=[0.1, 0.4, 0.498, 0.002])
+    even, odd = rng.random(500).astype(np.float32), rng.random(500).astype(np.float32)
+    odd = np.round(odd + even, 1).astype(np.float32)  # with ties
+    sizes = {label: (labels == label).sum() for label in (-1, 0, 3, 7) if (labels == label).sum() >= 3}
+    each = [spearmanr(even[labels == label], odd[labels == label]).statistic for label in sizes]
+    half = np.average(each, weights=list(sizes.values()))
+    assert difficulty.rank_stability(even, odd, labels) == pytest.approx(2 * half / (1 + half), abs=1e-12)
 
 
 def test_needed_timesteps_inverts_spearman_brown() -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from d2c_ray.config import DataConfig
+from d2c_ray.config import DataConfig, StorageConfig
 from d2c_ray.data import manifest, units
 from d2c_ray.data.decode import encode_png
 from d2c_ray.errors import UserError
@@ -16,8 +16,15 @@ from d2c_ray.errors import UserError
 SILENT = SimpleNamespace(advance=lambda count: None)
 
 
-def scan(data: DataConfig) -> tuple[pa.Table, list[str]]:
-    return manifest.scan(manifest.find(data), data, SILENT)
+LOCAL = StorageConfig()
+
+
+def scan(data: DataConfig, rows_per_table: int = 1000, options: StorageConfig = LOCAL) -> tuple[pa.Table, list[str]]:
+    source, listing = manifest.find(data, options), manifest.Listing()
+    found = list(manifest.scan(source, data, options, listing, rows_per_table, SILENT))
+    assert all(len(table) == rows_per_table for table in found[:-1])
+    assert listing.rows == sum(map(len, found))
+    return pa.concat_tables(found), listing.class_names(source, data, options)
 
 
 def picture(value: int, size: int = 8) -> bytes:
@@ -53,7 +60,8 @@ def test_class_folders(folder: Path) -> None:
     assert table.column("key").to_pylist() == ["a_cat/30.png", "b_dog/10.png", "b_dog/20.png", "c d/deep/40.png", "c d/deep/50.png"]
     assert table.column("label").to_pylist() == [0, 1, 1, 2, 2]
     assert table.column("sample_id").to_pylist() == [0, 1, 2, 3, 4]
-    assert [len(manifest.read_bytes(row, folder, "")) for row in table.to_pylist()] == table.column("length").to_pylist()
+    contents = manifest.read_images(table, str(folder), "", LOCAL)
+    assert [len(content) for content in contents] == table.column("length").to_pylist()
 
 
 @pytest.mark.parametrize("column", ["struct", "binary"])
@@ -64,7 +72,7 @@ def test_parquet_rows_read_back(tmp_path: Path, column: str) -> None:
     table, names = scan(data)
     assert len(table) == 7
     assert names == ["", "", ""]
-    decoded, rejected = units.decode_rows(table, data)
+    decoded, rejected = units.decode_rows(table, data, LOCAL)
     assert rejected == []
     assert units.pixels_of(decoded)[:, 0, 0, 0].tolist() == [10, 20, 30, 40, 50, 10, 20]
     assert table.column("row_group").to_pylist() == [0, 0, 1, 1, 2, 0, 0]
@@ -108,7 +116,7 @@ def test_digits_are_the_real_ones() -> None:
     table, names = scan(data)
     assert len(table) == 1797
     assert names[3] == "three"
-    decoded, _ = units.decode_rows(table, data)
+    decoded, _ = units.decode_rows(table, data, LOCAL)
     assert np.array_equal(units.pixels_of(decoded)[..., 0], np.round(load_digits().images * 15.9375))
     assert decoded.column("label").to_pylist() == load_digits().target.tolist()
 
@@ -120,7 +128,7 @@ def test_fingerprint_follows_content_and_not_the_place(tmp_path: Path) -> None:
 
     def of(place: str, **fields: str) -> str:
         data = DataConfig(path=str(tmp_path / place), **fields)
-        return manifest.fingerprint(manifest.find(data), data)
+        return manifest.fingerprint(manifest.find(data, LOCAL), data, LOCAL)
 
     first = of("one")
     assert first == of("two")
@@ -141,8 +149,8 @@ def test_refusals_of_sources(folder: Path, tmp_path: Path) -> None:
     refused("holds no files", path=str(empty))
     refused("match data.pattern=x-", path=str(folder), pattern="x-*")
     (empty / "shard.tar.gz").write_bytes(b"x")
-    refused("archives .'shard.tar.gz'", path=str(empty))
-    refused("this version reads local files", path="s3://bucket/data")
+    refused(r"'shard\.tar\.gz' is compressed", path=str(empty))
+    refused("gs://", path="gs://bucket/data")
     (folder / "loose.png").write_bytes(picture(3))
     refused("'loose.png' lies in no class folder", path=str(folder))
     broken = tmp_path / "broken"
@@ -164,16 +172,19 @@ def _with_labels(folder: Path, labels: list[int]) -> Path:
 
 
 def test_duplicate_keys_are_refused_by_name(folder: Path) -> None:
-    source = manifest.Source("folder", folder, ("a_cat/30.png", "b_dog/10.png", "a_cat/30.png"))
-    with pytest.raises(UserError, match=r"the key 'a_cat/30\.png' occurs twice"):
-        manifest.scan(source, DataConfig(path=str(folder)), SILENT)
+    (folder.parent / "twice").mkdir()
+    parquet(folder.parent / "twice" / "a.parquet", [0, 1])
+    entry = manifest.Entry("a.parquet", 1)
+    source = manifest.Source("parquet", str(folder.parent / "twice"), (entry, entry))
+    with pytest.raises(UserError, match=r"the key 'a\.parquet#000000000' occurs twice|sorts before"):
+        list(manifest.scan(source, DataConfig(path=str(folder)), LOCAL, manifest.Listing(), 10, SILENT))
 
 
 def test_data_that_moved_is_read_where_it_is_and_a_lost_file_is_a_rejected_row(folder: Path, tmp_path: Path) -> None:
     table, _ = scan(DataConfig(path=str(folder)))
     moved = folder.rename(tmp_path / "moved")
     (moved / "a_cat" / "30.png").unlink()
-    decoded, rejected = units.decode_rows(table, DataConfig(path=str(moved), image_size=8))
+    decoded, rejected = units.decode_rows(table, DataConfig(path=str(moved), image_size=8), LOCAL)
     assert units.pixels_of(decoded)[:, 0, 0, 0].tolist() == [10, 20, 40, 50]
     assert [row["key"] for row in rejected] == ["a_cat/30.png"]
     assert "No such file or directory" in rejected[0]["reason"]

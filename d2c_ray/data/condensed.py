@@ -21,6 +21,7 @@ from torch import Tensor
 
 from d2c_ray import schema
 from d2c_ray.data import tables
+from d2c_ray.data.latent_cache import Latents
 from d2c_ray.errors import UserError
 from d2c_ray.models.frozen import Vae, VisionEncoder, quantise
 from d2c_ray.rundir import SUCCESS, write_json
@@ -34,12 +35,24 @@ def model_input(pixels: Tensor, vae: Vae | None) -> Tensor:
     """What a model sees of uint8 N x H x W x C: pixels in [-1, 1], or the scaled posterior mean; N x c x h x w float32."""
     if vae is None:
         return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    return (vae.encode(pixels)[0] - vae.shift) * vae.scale
+    return scaled(vae.encode(pixels)[0], vae)
+
+
+def scaled(mean: Tensor, vae: Vae) -> Tensor:
+    """Latents as a model sees them."""
+    return (mean - vae.shift) * vae.scale
+
+
+def posterior(pixels: Tensor, vae: Vae, flip: bool) -> tuple[Tensor, Tensor]:
+    """Posterior mean and standard deviation of each image, and of its mirror image where `flip`: N x F x c x h x w float32."""
+    both = [vae.encode(side) for side in ([pixels, pixels.flip(2)] if flip else [pixels])]
+    return torch.stack([mean for mean, _ in both], 1), torch.stack([std for _, std in both], 1)
 
 
 def write_part(
     path: Path, rows: pa.Table, pixels: Tensor, rejected: list[dict[str, str]], *,
     vae: Vae | None, vision: VisionEncoder | None, grid: int, flip: bool, storage: str, keep_images: bool,
+    latents: Latents | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Attaches to decoded images what a student trains on, and writes them as one Parquet file.
 
@@ -49,6 +62,7 @@ def write_part(
         grid: side of the student's token grid, on which the vision tokens lie.
         flip: attach to the mirrored image too; tensors then have two rows a flip, the plain one first.
         storage: 'int8' or 'bf16', of the vision tokens.
+        latents: of these rows, as scoring kept them; None: encode.
 
     Returns:
         Facts of the part: rows, rejected rows, and the smallest cosine of a stored token to the encoder's own.
@@ -58,10 +72,11 @@ def write_part(
     facts: dict[str, Any] = {"rows": len(rows), "rejected": rejected, "vision_cosine_min": None}
     if vae is None:
         tensors["pixels"] = pixels.numpy()
+    elif latents is not None:
+        tensors |= latents
     else:
-        both = [vae.encode(side) for side in sides]
-        tensors["latent_mean"] = np.stack([mean.half().numpy() for mean, _ in both], 1)  # N x F x c x h x w
-        tensors["latent_std"] = np.stack([std.half().numpy() for _, std in both], 1)
+        mean, std = posterior(pixels, vae, flip)
+        tensors["latent_mean"], tensors["latent_std"] = mean.half().numpy(), std.half().numpy()
     if vision is not None and len(rows):
         tokens = torch.stack([vision.tokens(side, grid) for side in sides], 1)  # N x F x L x V
         if storage == "int8":

@@ -1,5 +1,7 @@
 """A unit of work: a run of manifest rows. Reading and decoding one gives a table that actors work on."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,24 +9,54 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2c_ray.config import DataConfig
-from d2c_ray.data import manifest, tables
+from d2c_ray.config import DataConfig, StorageConfig
+from d2c_ray.data import manifest, storage, tables
 from d2c_ray.data.decode import Undecodable, decode
 
 
-def cut(paths: list[Path], rows_per_unit: int) -> list[dict[str, Any]]:
-    """Units of at most `rows_per_unit` rows that cover manifest files; no unit spans two row groups, which are shards."""
-    units: list[dict[str, Any]] = []
-    shard = 0
+@dataclass(frozen=True)
+class Shard:
+    """A row group of a manifest file."""
+
+    number: int
+    path: str
+    row_group: int
+    rows: int
+
+
+def shards(paths: list[Path]) -> list[Shard]:
+    """The shards of manifest files, in order."""
+    found: list[Shard] = []
     for path in paths:
         meta = pq.read_metadata(path)
         for group in range(meta.num_row_groups):
-            rows = meta.row_group(group).num_rows
-            for start in range(0, rows, rows_per_unit):
-                stop = min(rows, start + rows_per_unit)
-                units.append({"unit": len(units), "path": str(path), "row_group": group, "shard": shard, "start": start, "stop": stop})
-            shard += 1
+            found.append(Shard(len(found), str(path), group, meta.row_group(group).num_rows))
+    return found
+
+
+def cut(given: Iterable[Shard], rows_per_unit: int, done: dict[int, list[tuple[int, int]]] | None = None) -> list[dict[str, Any]]:
+    """Units of at most `rows_per_unit` rows that cover shards; none spans two.
+
+    Args:
+        done: by shard number, runs of rows (start, stop) that are left out.
+    """
+    units: list[dict[str, Any]] = []
+    for shard in given:
+        for first, last in _missing(shard.rows, (done or {}).get(shard.number, [])):
+            for start in range(first, last, rows_per_unit):
+                stop = min(last, start + rows_per_unit)
+                place = {"path": shard.path, "row_group": shard.row_group, "shard": shard.number, "start": start, "stop": stop}
+                units.append({"unit": len(units), **place})
     return units
+
+
+def _missing(rows: int, done: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    gaps, position = [], 0
+    for start, stop in sorted(done):
+        if start > position:
+            gaps.append((position, start))
+        position = max(position, stop)
+    return [*gaps, (position, rows)] if position < rows else gaps
 
 
 def read_rows(unit: dict[str, Any]) -> pa.Table:
@@ -33,22 +65,31 @@ def read_rows(unit: dict[str, Any]) -> pa.Table:
     return rows.slice(unit["start"], unit["stop"] - unit["start"])
 
 
-def decode_rows(rows: pa.Table, data: DataConfig, keep_bytes: bool = False) -> tuple[pa.Table, list[dict[str, str]]]:
-    """Decodes the images of manifest rows.
+def decode_rows(
+    rows: pa.Table, data: DataConfig, options: StorageConfig, keep_bytes: bool = False
+) -> tuple[pa.Table, list[dict[str, str]]]:
+    """Reads and decodes the images of manifest rows.
 
     Returns:
         The rows that could be decoded, with `pixels` (uint8, size x size x channels) and, if wanted, their encoded
         `image`; and those that could not, with key, uri and reason.
+
+    Raises:
+        StorageError: the storage did not answer, which says nothing about the images.
     """
     good, pixels, contents, rejected = [], [], [], []
-    root = manifest.root(data)
-    for index, row in enumerate(rows.to_pylist()):
+    base = manifest.root(data, options)
+    found = manifest.read_images(rows, base, data.image_column, options)
+    keys, uris, lengths = (rows.column(name).to_pylist() for name in ("key", "uri", "length"))
+    for index, content in enumerate(found):
         try:
-            content = manifest.read_bytes(row, root, data.image_column)
+            if isinstance(content, OSError):
+                raise Undecodable(f"{content.strerror or content}: {storage.join(base, uris[index])}")
+            if len(content) < lengths[index]:
+                raise Undecodable(f"cut off: {len(content)} of {lengths[index]} bytes are left in {storage.join(base, uris[index])}")
             pixels.append(decode(content, data.image_size, data.channels, data.max_pixels))
-        except (Undecodable, FileNotFoundError, PermissionError) as error:
-            reason = str(error) if isinstance(error, Undecodable) else f"{error.strerror}: {root / row['uri']}"
-            rejected.append({"key": row["key"], "uri": row["uri"], "reason": reason})
+        except Undecodable as error:
+            rejected.append({"key": keys[index], "uri": uris[index], "reason": str(error)})
             continue
         good.append(index)
         contents.append(content)

@@ -1,54 +1,137 @@
 """The actors: load once, convert, call the pure function. Importable, with small constructor arguments."""
 
 import json
+import platform
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from ray.util import metrics
 
-from d2c_ray.config import AttachConfig, DataConfig, EvaluateConfig, SampleConfig, ScoreConfig, VaeConfig
-from d2c_ray.data import condensed, tables, units
+from d2c_ray.config import AttachConfig, DataConfig, EvaluateConfig, SampleConfig, ScoreConfig, StorageConfig, VaeConfig
+from d2c_ray.data import condensed, latent_cache, tables, units
 from d2c_ray.data.decode import decode, encode_png
 from d2c_ray.distributed.ingest import pack, unpack
 from d2c_ray.evaluate import sampling
-from d2c_ray.models import frozen, weights
+from d2c_ray.models import frozen, teachers, weights
 from d2c_ray.selection import difficulty
 
 
 class Scorer:
-    """Difficulty errors of decoded images."""
+    """Difficulty errors of decoded images; keeps their latents too where it is asked to."""
 
-    def __init__(self, teacher: str, vae: VaeConfig, score: ScoreConfig, device: str, threads: int):
+    def __init__(
+        self, teacher: str, class_map: list[int], vae: VaeConfig, score: ScoreConfig, flip: bool, latents: str, device: str, threads: int
+    ):
         torch.set_num_threads(threads)
-        self.score, self.device = score, torch.device(device)
-        self.teacher = weights.load(Path(teacher), device=self.device)
-        self.vae = frozen.Vae(vae, self.device) if vae.path else None
-        self.t = difficulty.timesteps(self.teacher.spec.kind, score.num_timesteps, score.t_min, score.t_max)
+        self.score, self.flip = score, flip
+        self.latents = Path(latents) if latents else None
+        self.class_map = np.asarray(class_map, np.int64)
+        target = torch.device(device)
+        self.teacher = teachers.load(teachers.resolve(teacher), target, score.precision, score.compile)
+        self.vae = frozen.Vae(vae, target) if vae.path else None
+        self.t = difficulty.timesteps(self.teacher.kind, score.num_timesteps, score.t_min, score.t_max)
+        self.clock = Clock(hardware(target))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (unit,) = batch.column("unit").to_pylist()
         table = unpack(batch.column("payload")[0])
-        z = condensed.model_input(torch.from_numpy(units.pixels_of(table)), self.vae)
-        label = torch.from_numpy(table.column("label").to_numpy().astype(np.int64)).clamp(min=0)
-        noise = torch.from_numpy(np.array(tables.tensor_values(table, "noise")))
-        if len(table):
-            errors = difficulty.errors(
-                self.teacher, z, label, noise, self.t, self.score.device_batch, self.score.precision == "bf16"
-            ).numpy()
-        else:
-            errors = np.zeros((0, len(self.t)), np.float32)
+        with self.clock.computing(len(table)):
+            errors = self._errors(table) if len(table) else np.zeros((0, len(self.t)), np.float32)
         result = table.select(["sample_id", "key", "label", "shard"])
         column = pa.FixedSizeListArray.from_arrays(pa.array(errors.reshape(-1)), len(self.t))
-        return pack(unit, result.append_column("errors", column).replace_schema_metadata(table.schema.metadata))
+        metadata = {**table.schema.metadata, b"clock": json.dumps(self.clock.facts()).encode()}
+        return pack(unit, result.append_column("errors", column).replace_schema_metadata(metadata))
+
+    def _errors(self, table: pa.Table) -> np.ndarray:
+        pixels = torch.from_numpy(units.pixels_of(table))
+        label = torch.from_numpy(self.class_map[np.maximum(table.column("label").to_numpy(), 0)])
+        noise = torch.from_numpy(np.array(tables.tensor_values(table, "noise")))
+        if self.vae is not None and self.latents is not None:
+            mean, std = condensed.posterior(pixels, self.vae, self.flip)
+            latent_cache.write(self.latents, table, {"latent_mean": mean.half().numpy(), "latent_std": std.half().numpy()})
+            z = condensed.scaled(mean[:, 0], self.vae)
+        else:
+            z = condensed.model_input(pixels, self.vae)
+        return difficulty.errors(self.teacher, z, label, noise, self.t, self.score.device_batch).numpy()
+
+
+class Clock:
+    """How much of an actor's time it computes, told with every result and as Ray metrics."""
+
+    def __init__(self, hardware: str):
+        self.hardware = hardware
+        self.actor = uuid.uuid4().hex
+        self.first = self.last = self.seconds = 0.0
+        self.images = metrics.Counter("d2c_scored_images", "Images scored.")
+        self.busy = metrics.Gauge("d2c_actor_busy_share", "Share of time since its first batch that a scoring actor computed.")
+
+    @contextmanager
+    def computing(self, images: int) -> Iterator[None]:
+        start = time.monotonic()
+        self.first = self.first or start
+        yield
+        self.last = time.monotonic()
+        self.seconds += self.last - start
+        if images:
+            self.images.inc(images)
+        self.busy.set(self.seconds / max(self.last - self.first, 1e-9))
+
+    def facts(self) -> dict[str, Any]:
+        return {"actor": self.actor, "device": self.hardware, "span": self.last - self.first, "seconds": self.seconds}
+
+
+class Busy:
+    """The driver's side of `Clock`: over all actors, the share of time they computed."""
+
+    def __init__(self) -> None:
+        self._actors: dict[str, dict[str, Any]] = {}
+
+    def add(self, result: pa.Table) -> dict[str, Any]:
+        """Reads the clock that came with a result."""
+        facts = json.loads(result.schema.metadata[b"clock"])
+        self._actors[facts["actor"]] = facts
+        return facts
+
+    def share(self) -> float:
+        """Seconds computed over seconds between the first and the last batch, of all actors."""
+        span = sum(facts["span"] for facts in self._actors.values())
+        return sum(facts["seconds"] for facts in self._actors.values()) / span if span else 0.0
+
+    def note(self) -> str:
+        return f"{len(self._actors)} actors, {self.share():.0%} busy"
+
+
+def hardware(device: torch.device) -> str:
+    """The kind of hardware that the last bits of a result depend on: the GPU, or the CPU's instruction set that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 class Attacher:
     """Latents and vision tokens of decoded images, written as one Parquet part a unit."""
 
-    def __init__(self, out: str, vae: VaeConfig, attach: AttachConfig, grid: int, flip: bool, keep_images: bool, device: str, threads: int):
+    def __init__(
+        self,
+        out: str,
+        vae: VaeConfig,
+        attach: AttachConfig,
+        grid: int,
+        flip: bool,
+        keep_images: bool,
+        latents: str,
+        device: str,
+        threads: int,
+    ):
         torch.set_num_threads(threads)
+        self.latents = Path(latents) if latents else None
         self.out, self.attach, self.grid, self.flip, self.keep_images = Path(out), attach, grid, flip, keep_images
         target = torch.device(device)
         vision = attach.vision
@@ -61,9 +144,10 @@ class Attacher:
         (unit,) = batch.column("unit").to_pylist()
         table = unpack(batch.column("payload")[0])
         rejected = json.loads(table.schema.metadata[b"rejected"])
+        kept = latent_cache.read(self.latents, table) if self.latents else None
         facts = condensed.write_part(
             self.out / f"part-{json.loads(unit)['unit']:06d}.parquet", table, torch.from_numpy(units.pixels_of(table)), rejected,
-            vae=self.vae, vision=self.vision, grid=self.grid, flip=self.flip, storage=self.attach.vision.storage, keep_images=self.keep_images,
+            vae=self.vae, vision=self.vision, grid=self.grid, flip=self.flip, storage=self.attach.vision.storage, keep_images=self.keep_images, latents=kept,
         )  # fmt: skip
         return pack(unit, pa.table({"facts": [json.dumps(facts)]}))
 
@@ -94,9 +178,9 @@ class Sampler:
 class Embedder:
     """Pooled features of images in the network that measures them."""
 
-    def __init__(self, evaluate: EvaluateConfig, data: DataConfig, device: str, threads: int):
+    def __init__(self, evaluate: EvaluateConfig, data: DataConfig, storage: StorageConfig, device: str, threads: int):
         torch.set_num_threads(threads)
-        self.data = data
+        self.data, self.storage = data, storage
         self.encoder = frozen.VisionEncoder(evaluate.network, evaluate.image_size, torch.device(device), evaluate.device_batch)
 
     def run(self, unit: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +196,7 @@ class Embedder:
             )
             ids = table.column("index")
         else:
-            table, rejected = units.decode_rows(units.read_rows(unit), self.data)
+            table, rejected = units.decode_rows(units.read_rows(unit), self.data, self.storage)
             pixels, ids = units.pixels_of(table), table.column("sample_id")
         features = self.encoder.pooled(torch.from_numpy(pixels)).numpy() if len(pixels) else np.zeros((0, self.encoder.width), np.float32)
         return {"id": ids.to_numpy(), "label": table.column("label").to_numpy(), "features": features, "rejected": rejected}

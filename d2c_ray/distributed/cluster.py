@@ -21,6 +21,8 @@ class Share:
     gpus_per_actor: float
     rows_per_task: int
     threads: int
+    min_actors: int = 0  # the pool grows from here to `actors`; 0: all at once
+    autoscaling: bool = False
 
     @property
     def device(self) -> str:
@@ -116,32 +118,76 @@ def places(resources: ResourcesConfig) -> int:
 
 def share(resources: ResourcesConfig, actors: int) -> Share:
     """What a stage that got `actors` places may use."""
-    return Share(actors, _gpus_per_actor(resources), resources.rows_per_task, resources.threads)
+    least = min(resources.min_actors or actors, actors)
+    return Share(actors, _gpus_per_actor(resources), resources.rows_per_task, resources.threads, least, resources.autoscaling)
 
 
 def _gpus_per_actor(resources: ResourcesConfig) -> float:
     return resources.gpus_per_actor if resources.gpus_per_actor >= 0 else float(total_gpus() > 0)
 
 
+def nodes() -> list[tuple[float, float]]:
+    """(CPUs, GPUs) of every node that is alive."""
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(float(node.get("CPU", 0)), float(node.get("GPU", 0))) for node in found]
+
+
+def room(nodes: list[tuple[float, float]], gpus_per_actor: float) -> int:
+    """How many actors of one CPU and `gpus_per_actor` the nodes hold, none of them split over two nodes."""
+    return sum(min(int(cpus), int(gpus / gpus_per_actor + 1e-9)) if gpus_per_actor else int(cpus) for cpus, gpus in nodes)
+
+
+def decode_cpus(nodes: list[tuple[float, float]], actors: int, gpus_per_actor: float) -> int:
+    """Whole CPUs left for decode tasks once the actors are placed."""
+    return sum(int(cpus) for cpus, _ in nodes) - min(actors, room(nodes, gpus_per_actor))
+
+
+def waiting_for(share: Share) -> str:
+    """In words, what a pool that gives nothing waits for."""
+    alive = nodes()
+    held, least = room(alive, share.gpus_per_actor), share.min_actors or share.actors
+    each = f"1 CPU and {share.gpus_per_actor:g} GPU" if share.gpus_per_actor else "1 CPU"
+    if held < least:
+        return f"waiting for capacity: {least} actors of {each} asked for, the cluster's {len(alive)} nodes hold {held}"
+    if decode_cpus(alive, least, share.gpus_per_actor) < 1:
+        return f"waiting for capacity: {least} actors of {each} leave no CPU to decode on"
+    return "waiting for the first results of new actors"
+
+
 def preflight(resources: ResourcesConfig) -> None:
     """Refuses actors or workers that the cluster has no room for; Ray would wait for ever without a word.
+
+    An autoscaling cluster is not refused: what is missing may come.
 
     Raises:
         UserError: names what is wanted, what there is, and the knob.
     """
-    cpus, gpus = ray.cluster_resources().get("CPU", 0.0), float(total_gpus())
+    if resources.autoscaling:
+        return
+    alive = nodes()
+    cpus, gpus = sum(cpu for cpu, _ in alive), float(total_gpus())
     wanted = share(resources, places(resources))
-    largest = max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    held = room(alive, wanted.gpus_per_actor)
+    grows = "With nodes that come on demand, resources.autoscaling=true waits for them."
     if wanted.actors * wanted.gpus_per_actor > gpus:
         raise UserError(
-            f"resources.actors={wanted.actors} with resources.gpus_per_actor={wanted.gpus_per_actor} want {wanted.actors * wanted.gpus_per_actor:g} GPUs; the cluster has {gpus:g}."
+            f"resources.actors={wanted.actors} with resources.gpus_per_actor={wanted.gpus_per_actor} want {wanted.actors * wanted.gpus_per_actor:g} GPUs; the cluster has {gpus:g}. {grows}"
         )
-    if wanted.actors + 1 > cpus or largest < 1:
+    if wanted.gpus_per_actor and wanted.actors > held:
         raise UserError(
-            f"{wanted.actors} actors of one CPU and one free CPU for decoding want {wanted.actors + 1} CPUs; Ray has {cpus:g}. "
-            f"resources.actors={max(1, int(cpus) - 1)}, or more logical CPUs (resources.num_cpus={wanted.actors + 1} on a local Ray), would do."
+            f"resources.actors={wanted.actors} of 1 CPU and {wanted.gpus_per_actor:g} GPU each do not fit on the nodes ({_listed(alive)}), which hold {held}. "
+            f"resources.actors={held} would do. {grows}"
+        )
+    if wanted.actors > held or decode_cpus(alive, wanted.actors, wanted.gpus_per_actor) < 1:
+        raise UserError(
+            f"{wanted.actors} actors of one CPU and one free CPU for decoding want {wanted.actors + 1} CPUs; Ray has {cpus:g} ({_listed(alive)}). "
+            f"resources.actors={max(1, int(cpus) - 1)}, or more logical CPUs (resources.num_cpus={wanted.actors + 1} on a local Ray), would do. {grows}"
         )
     for knob, workers in (("train_workers", resources.train_workers), ("teacher_workers", resources.teacher_workers)):
         have, what = (gpus, "GPUs") if gpus else (cpus, "CPUs")
         if workers > have:
             raise UserError(f"resources.{knob}={workers} wants {workers} {what}; the cluster has {have:g}.")
+
+
+def _listed(alive: list[tuple[float, float]]) -> str:
+    return ", ".join(f"{cpus:g} CPU" + (f" {gpus:g} GPU" if gpus else "") for cpus, gpus in alive[:8]) + (" ..." if len(alive) > 8 else "")

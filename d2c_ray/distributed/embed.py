@@ -20,7 +20,7 @@ ROWS_PER_UNIT = 128
 
 def embed_rows(config: Config, rows: Path, out: Path, share: Share, rejects: Rejects, progress: Progress) -> None:
     """Writes the features of a manifest-shaped file's images to `out`, in the order of sample_id."""
-    _embed(config, units.cut([rows], ROWS_PER_UNIT), out, share, rejects, progress)
+    _embed(config, units.cut(units.shards([rows]), ROWS_PER_UNIT), out, share, rejects, progress)
 
 
 def embed_samples(config: Config, parts: list[Path], out: Path, share: Share, rejects: Rejects, progress: Progress) -> None:
@@ -34,7 +34,13 @@ def _embed(config: Config, work: list[dict[str, Any]], out: Path, share: Share, 
         rejects.add(rejected)
         progress.advance(len(tables.read(out, ["id"])) + len(rejected))
         return
-    actor_args = {"evaluate": config.evaluate, "data": config.data, "device": share.device, "threads": share.threads}
+    actor_args = {
+        "evaluate": config.evaluate,
+        "data": config.data,
+        "storage": config.storage,
+        "device": share.device,
+        "threads": share.threads,
+    }
     found = []
     for _, result in pool.run_pool(Embedder, actor_args, work, share):
         rejects.add(result["rejected"])

@@ -6,6 +6,8 @@ actor's call is one unit whatever the block sizes.
 
 import json
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,13 +16,18 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from d2c_ray.config import DataConfig
+from d2c_ray.config import DataConfig, StorageConfig
 from d2c_ray.data import tables
 from d2c_ray.data import units as unit_io
+from d2c_ray.distributed import cluster
 from d2c_ray.distributed.cluster import Share
 from d2c_ray.selection.noise import noise as scoring_noise
 
 Extend = Callable[[pa.Table], pa.Table]
+Say = Callable[[str], None]
+
+UNITS_PER_TASK = 8  # at most; neighbours often lie in one row group of the source, which is then read once
+QUIET_SEC = 20.0  # without a result, after which it is said what is waited for
 
 
 class AddNoise:
@@ -41,19 +48,24 @@ class AddNoise:
 def stream(
     units: list[dict[str, Any]],
     data: DataConfig,
+    storage: StorageConfig,
     share: Share,
     actor: type,
     actor_args: dict[str, Any],
     extend: Extend | None = None,
     keep_bytes: bool = False,
+    say: Say = lambda text: None,
 ) -> Iterator[tuple[dict[str, Any], pa.Table]]:
     """Runs every unit through decoding and `actor`, yielding (unit, result) in any order.
+
+    A dead actor, worker or node costs the work in flight there, which is done again elsewhere.
 
     Args:
         units: as `data.units.cut` makes them, with more keys at will; they come back as given.
         actor: class of `distributed.actors`, called with (unit, table of decoded rows, rejected rows).
         extend: adds columns to the decoded table in the decode task (the noise of scoring).
         keep_bytes: keep the encoded bytes beside the pixels.
+        say: told what is waited for while nothing comes.
     """
     if not units:
         return
@@ -63,19 +75,53 @@ def stream(
     context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = 3  # a node taken away while its actor loads is no reason to fail
     context.execution_options.preserve_order = False
-    dataset: Any = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
+    context.target_max_block_size = 1  # every row is a unit, and a block of its own: an actor starts on the first one decoded
+    if share.autoscaling:
+        context.execution_no_progress_timeout_s = -1  # new nodes may take longer than its half hour
+    per_task = min(UNITS_PER_TASK, max(1, len(units) // (4 * max(1, int(ray.cluster_resources().get("CPU", 1))))))
+    tasks = [units[start : start + per_task] for start in range(0, len(units), per_task)]
+    dataset: Any = ray.data.from_items([{"units": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
     dataset = dataset.map_batches(
         _decode, batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
-        fn_kwargs={"data": data, "extend": extend, "keep_bytes": keep_bytes}, num_cpus=1,
+        fn_kwargs={"data": data, "storage": storage, "extend": extend, "keep_bytes": keep_bytes}, num_cpus=1,
     )  # fmt: skip
+    most = min(share.actors, len(units))
     dataset = dataset.map_batches(
-        actor, batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
-        fn_constructor_kwargs=actor_args, compute=ActorPoolStrategy(size=min(share.actors, len(units))),
+        actor, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, fn_constructor_kwargs=actor_args,
+        compute=ActorPoolStrategy(min_size=min(share.min_actors or most, most), max_size=most),
         num_cpus=1, num_gpus=share.gpus_per_actor or None,
     )  # fmt: skip
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for unit, payload in zip(batch.column("unit").to_pylist(), batch.column("payload"), strict=True):
-            yield json.loads(unit), unpack(payload)
+    with _Listener(share, say) as listener:
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            listener.heard()
+            for unit, payload in zip(batch.column("unit").to_pylist(), batch.column("payload"), strict=True):
+                yield json.loads(unit), unpack(payload)
+
+
+class _Listener:
+    """Says what a silent pool waits for."""
+
+    def __init__(self, share: Share, say: Say):
+        self._share, self._say = share, say
+        self._last = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> "_Listener":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def heard(self) -> None:
+        self._last = time.monotonic()
+
+    def _listen(self) -> None:
+        while not self._stop.wait(1.0):
+            if time.monotonic() - self._last > QUIET_SEC:
+                self._say(cluster.waiting_for(self._share))
 
 
 def pack(unit: str, table: pa.Table) -> pa.Table:
@@ -100,9 +146,10 @@ def _quiet() -> None:
                 handler.setLevel(logging.ERROR)
 
 
-def _decode(batch: pa.Table, data: DataConfig, extend: Extend | None, keep_bytes: bool) -> pa.Table:
-    (unit,) = batch.column("unit").to_pylist()
-    table, rejected = unit_io.decode_rows(unit_io.read_rows(json.loads(unit)), data, keep_bytes)
-    if extend is not None:
-        table = extend(table)
-    return pack(unit, table.replace_schema_metadata({b"rejected": json.dumps(rejected).encode()}))
+def _decode(batch: pa.Table, data: DataConfig, storage: StorageConfig, extend: Extend | None, keep_bytes: bool) -> Iterator[pa.Table]:
+    (task,) = batch.column("units").to_pylist()
+    for unit in json.loads(task):
+        table, rejected = unit_io.decode_rows(unit_io.read_rows(unit), data, storage, keep_bytes)
+        if extend is not None:
+            table = extend(table)
+        yield pack(json.dumps(unit), table.replace_schema_metadata({b"rejected": json.dumps(rejected).encode()}))

@@ -1,5 +1,6 @@
-"""Scoring a manifest: shards through Ray Data, one Parquet file a finished shard."""
+"""Scoring a manifest: units through Ray Data, kept in the shard ledger as they come."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,25 @@ import pyarrow as pa
 
 from d2c_ray import schema
 from d2c_ray.config import Config
-from d2c_ray.data import tables, units
-from d2c_ray.distributed.actors import Scorer
+from d2c_ray.data import tables
+from d2c_ray.data.ledger import Ledger
+from d2c_ray.data.units import shards
+from d2c_ray.distributed.actors import Busy, Scorer
 from d2c_ray.distributed.cluster import Share
 from d2c_ray.distributed.ingest import AddNoise, stream
 from d2c_ray.progress import Progress
 from d2c_ray.rejects import Rejects
 from d2c_ray.selection import difficulty
 
+LATENTS = "latents"  # folder in the score table's, where score.cache_latents keeps them
+
 
 def score(
     config: Config,
     manifest: list[Path],
-    teacher: Path,
+    teacher: str,
     kind: str,
+    class_map: list[int],
     latent_shape: tuple[int, ...],
     out: Path,
     share: Share,
@@ -29,37 +35,38 @@ def score(
     progress: Progress,
     metadata: dict[str, Any],
 ) -> None:
-    """Scores every row of the manifest that has no finished shard in `out`.
+    """Scores every row of the manifest that is not in `out` yet; leaves one Parquet part a shard.
 
-    A shard is written when its last row has come back; one that is there already is not read again.
+    Args:
+        teacher: model folder or hub name.
+        class_map: the teacher's class of each label.
+
+    Raises:
+        UserError: too many images cannot be decoded, the storage does not answer, or other hardware than before.
     """
     options = config.score
     t = difficulty.timesteps(kind, options.num_timesteps, options.t_min, options.t_max).numpy()
-    todo = units.cut(manifest, share.rows_per_task)
-    finished = {int(path.stem.split("-")[1]) for path in out.glob("part-*.parquet")}
-    expected: dict[int, int] = {}
-    for unit in todo:
-        expected[unit["shard"]] = expected.get(unit["shard"], 0) + unit["stop"] - unit["start"]
-    for shard in sorted(finished & set(expected)):
-        rejects.add(tables.metadata(out / f"part-{shard:06d}.parquet")["rejected"])
-        progress.advance(expected[shard])
-    collected: dict[int, list[pa.Table]] = {}
-    bad: dict[int, list[dict[str, str]]] = {}
-    arrived: dict[int, int] = {}
-    actor_args = {"teacher": str(teacher), "vae": config.vae, "score": options, "device": share.device, "threads": share.threads}
+    ledger = Ledger(out, shards(manifest), partial(_finish, t=t, kind=kind), metadata)
+    rejects.add(ledger.rejected())
+    progress.advance(ledger.rows_done)
+    actor_args = {
+        "teacher": teacher, "class_map": class_map, "vae": config.vae, "score": options, "flip": config.data.flip,
+        "latents": str(out / LATENTS) if options.cache_latents else "", "device": share.device, "threads": share.threads,
+    }  # fmt: skip
     extend = AddNoise(options.seed, options.num_timesteps, latent_shape)
-    work = [unit for unit in todo if unit["shard"] not in finished]
-    for unit, result in stream(work, config.data, share, Scorer, actor_args, extend):
-        shard, rows = unit["shard"], unit["stop"] - unit["start"]
+    busy = Busy()
+
+    def say(text: str) -> None:
+        progress.at(progress.done, text)
+
+    work = ledger.todo(share.rows_per_task)
+    for unit, result in stream(work, config.data, config.storage, share, Scorer, actor_args, extend, say=say):
         rejected = rejects.of(result)
+        facts = busy.add(result)
+        ledger.add(unit, result.replace_schema_metadata(None), rejected, facts["device"])
         rejects.add(rejected)
-        collected.setdefault(shard, []).append(result)
-        bad.setdefault(shard, []).extend(rejected)
-        arrived[shard] = arrived.get(shard, 0) + rows
-        progress.advance(rows)
-        if arrived[shard] == expected[shard]:
-            table = _finish(pa.concat_tables([part.replace_schema_metadata(None) for part in collected.pop(shard)]), t, kind)
-            tables.write(out / f"part-{shard:06d}.parquet", table, {**metadata, "rejected": bad.pop(shard)})
+        progress.advance(unit["stop"] - unit["start"], busy.note())
+    ledger.close()
 
 
 def _finish(table: pa.Table, t: np.ndarray, kind: str) -> pa.Table:

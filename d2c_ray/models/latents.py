@@ -22,7 +22,7 @@ def latent_facts(config: Config) -> dict[str, Any]:
         raise UserError(f"data.image_size={config.data.image_size} is no multiple of the VAE's reduction by {vae['reduction']}.")
     return {
         "kind": "vae", "channels": vae["channels"], "side": config.data.image_size // vae["reduction"],
-        "scale": vae["scale"], "shift": vae["shift"], "vae": vae["hash"],
+        "scale": vae["scale"], "shift": vae["shift"], "vae": vae["hash"], "encoder": vae["encoder"],
     }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def images(plan: Plan, sample_ids: np.ndarray) -> dict[int, np.ndarray]:
     found: dict[int, np.ndarray] = {}
     for path in manifest.dir.parts():
         rows = tables.read(path)
-        decoded, _ = units.decode_rows(rows.filter(pc.is_in(rows.column("sample_id"), wanted)), plan.config.data)
+        decoded, _ = units.decode_rows(rows.filter(pc.is_in(rows.column("sample_id"), wanted)), plan.config.data, plan.config.storage)
         found |= dict(zip(decoded.column("sample_id").to_pylist(), units.pixels_of(decoded), strict=True))
     return found
 

@@ -5,6 +5,7 @@ import pyarrow.compute as pc
 
 from d2c_ray.data import condensed, tables
 from d2c_ray.distributed import attach, cluster
+from d2c_ray.distributed.score import LATENTS
 from d2c_ray.errors import UserError
 from d2c_ray.job import Job, Result
 from d2c_ray.models import frozen, latents
@@ -26,11 +27,21 @@ def run(job: Job) -> Result:
     condensed.write_classes(job.out / condensed.CLASSES, names, prompts, states)
 
     latent = latents.latent_facts(config)
+    kept = job.inputs["score"].path / LATENTS
     rejects = Rejects("attach", len(rows), 1.0)
     share = cluster.share(config.resources, job.places)
     with job.progress(len(rows)) as progress:
         facts = attach.attach(
-            config, config.attach, [job.out / ROWS], latents.grid_side(latent, config.model), job.out, share, rejects, progress, True
+            config,
+            config.attach,
+            [job.out / ROWS],
+            latents.grid_side(latent, config.model),
+            job.out,
+            share,
+            rejects,
+            progress,
+            True,
+            kept if kept.is_dir() else None,
         )
     rejects.write(job.out)
     if rejects.rows:

@@ -1,39 +1,45 @@
 """score: how hard the teacher finds every image."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 
-from d2c_ray.data import tables
+from d2c_ray.data import latent_cache, tables
 from d2c_ray.distributed import cluster, trainer
 from d2c_ray.distributed import score as scoring
 from d2c_ray.errors import UserError
 from d2c_ray.job import Job, Result
-from d2c_ray.models import latents, weights
+from d2c_ray.models import latents, teachers
 from d2c_ray.rejects import Rejects
 from d2c_ray.selection import difficulty
 
 
 def run(job: Job) -> Result:
     config, data, teacher = job.config, job.facts("manifest"), job.facts("teacher")
-    checkpoint = config.teacher.checkpoint
-    model = Path(checkpoint).expanduser().absolute() if checkpoint else job.inputs["teacher"].path / trainer.MODEL
+    # A hub name stays a name: every node finds it in its own cache.
+    given = Path(config.teacher.checkpoint).expanduser()
+    trained = job.inputs["teacher"].path / trainer.MODEL
+    model = str(given.absolute() if given.exists() else config.teacher.checkpoint) if config.teacher.checkpoint else str(trained)
     latent = latents.latent_facts(config)
     options = config.score
     t = difficulty.timesteps(teacher["kind"], options.num_timesteps, options.t_min, options.t_max).numpy()
     metadata = {
         "timesteps": t.tolist(), "num_timesteps": len(t), "seed": options.seed, "convention": difficulty.CONVENTIONS[teacher["kind"]],
-        "teacher": weights.content_hash(model), "latent": latent, "image_size": config.data.image_size,
-        "precision": options.precision, "device_batch": options.device_batch,
+        "teacher": teachers.content_hash(teachers.resolve(model)), "latent": latent, "image_size": config.data.image_size,
+        "precision": options.precision, "device_batch": options.device_batch, "compile": options.compile,
     }  # fmt: skip
     rejects = Rejects("score", data["rows"], config.data.max_rejected)
     shape = (latent["channels"], latent["side"], latent["side"])
+    if options.cache_latents:
+        _check_space(job, data["rows"] * latent_cache.row_bytes(latent["channels"], latent["side"], config.data.flip))
     with job.progress(data["rows"]) as progress:
         scoring.score(
             config,
             job.inputs["manifest"].parts(),
             model,
             teacher["kind"],
+            teacher["class_map"],
             shape,
             job.out,
             cluster.share(config.resources, job.places),
@@ -42,19 +48,51 @@ def run(job: Job) -> Result:
             metadata,
         )
     rejects.write(job.out)
-    table = tables.read(sorted(job.out.glob("part-*.parquet")), ["key", "label", "errors"])
-    errors = table.column("errors").combine_chunks().flatten().to_numpy().reshape(-1, len(t))
-    broken = np.flatnonzero(~np.isfinite(errors).all(1))
-    if len(broken):
-        keys = ", ".join(table.column("key").take(broken[:5]).to_pylist())
+    rows, summary = summarise(sorted(job.out.glob("part-*.parquet")), t, teacher["kind"])
+    return Result(data["rows"], rows, len(rejects.rows), {**metadata, **summary})
+
+
+def summarise(parts: list[Path], t: np.ndarray, kind: str) -> tuple[int, dict]:
+    """Rows, and what a finished table says of itself; a part at a time is in memory.
+
+    Raises:
+        UserError: the teacher gave an error that is not finite.
+    """
+    broken: list[str] = []
+    num_broken, total, device = 0, 0.0, ""
+    labels, even, odd = [], [], []
+    for path in parts:
+        table = tables.read(path, ["key", "label", "errors"])
+        device = tables.metadata(path)["device"]
+        errors = table.column("errors").combine_chunks().flatten().to_numpy().reshape(-1, len(t))
+        bad = np.flatnonzero(~np.isfinite(errors).all(1))
+        num_broken += len(bad)
+        broken += table.column("key").take(bad[: 5 - len(broken)]).to_pylist()
+        total += float(errors.sum(dtype=np.float64))
+        labels.append(table.column("label").to_numpy())
+        halves = difficulty.half_scores(errors, t, kind) if len(t) > 1 else (errors[:, 0], errors[:, 0])
+        even.append(halves[0])
+        odd.append(halves[1])
+    rows = sum(len(part) for part in labels)
+    if num_broken:
         raise UserError(
-            f"score: the teacher gives no finite error for {len(broken)} of {len(table)} images, the first {keys}. Another teacher, or score.precision=fp32, would do."
+            f"score: the teacher gives no finite error for {num_broken} of {rows} images, the first {', '.join(broken)}. Another teacher, or score.precision=fp32, would do."
         )
-    stability = difficulty.rank_stability(errors, table.column("label").to_numpy(), t, teacher["kind"])
-    facts = {
-        **metadata,
+    stability = (
+        difficulty.rank_stability(np.concatenate(even), np.concatenate(odd), np.concatenate(labels)) if rows and len(t) > 1 else None
+    )
+    return rows, {
         "rank_stability": stability,
         "needed_timesteps": difficulty.needed_timesteps(stability, len(t)) if stability else None,
-        "mean_error": float(np.mean(errors)),
+        "mean_error": total / max(1, rows * len(t)),
+        "device": device,
     }
-    return Result(data["rows"], len(table), len(rejects.rows), facts)
+
+
+def _check_space(job: Job, needed: int) -> None:
+    there = sum(path.stat().st_size for path in (job.out / scoring.LATENTS).rglob("*.arrow"))
+    free = shutil.disk_usage(job.out).free
+    if needed - there > free:
+        raise UserError(
+            f"score.cache_latents=true wants {needed / 2**30:.1f} GiB at {job.out}; {free / 2**30:.1f} GiB are free. Without it attach encodes the chosen images itself."
+        )

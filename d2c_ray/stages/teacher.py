@@ -3,7 +3,7 @@
 from d2c_ray import job as jobs
 from d2c_ray.config import AttachConfig
 from d2c_ray.distributed import attach, cluster, trainer
-from d2c_ray.models import latents, weights
+from d2c_ray.models import latents, teachers, weights
 from d2c_ray.plan import checked_checkpoint
 from d2c_ray.rejects import Rejects
 from d2c_ray.rundir import SUCCESS, write_json
@@ -14,9 +14,12 @@ ROWS_PER_PART = 4096
 def run(job: jobs.Job) -> jobs.Result:
     config, data = job.config, job.facts("manifest")
     if config.teacher.checkpoint:
-        folder = checked_checkpoint(config)
-        meta = weights.read_meta(folder)
-        return jobs.Result(data["rows"], data["rows"], 0, {"kind": meta["spec"]["kind"], "trained_here": False})
+        folder, known = checked_checkpoint(config)
+        facts = {
+            "kind": known.kind, "trained_here": False, "source": known.source, "checkpoint": str(folder), "num_classes": known.num_classes,
+            "class_map": teachers.class_map(data["class_names"], data["class_counts"], known, config.teacher.classes),
+        }  # fmt: skip
+        return jobs.Result(data["rows"], data["rows"], 0, facts)
 
     # Everything in the form the training loop reads, without attachments.
     whole = job.out / "data"
@@ -47,5 +50,11 @@ def run(job: jobs.Job) -> jobs.Result:
     rejects.rows = trainer.condensed_facts(whole)["rejected"]
     rejects.write(job.out)
     done = trainer.condensed_facts(whole)["rows"]
+    class_map = list(range(max(1, len(data["class_names"]))))
     spec = weights.read_meta(job.out / trainer.MODEL)["spec"]
-    return jobs.Result(data["rows"], done, len(rejects.rows), {"kind": spec["kind"], "trained_here": True, "metrics": "metrics.jsonl"})
+    return jobs.Result(
+        data["rows"],
+        done,
+        len(rejects.rows),
+        {"kind": spec["kind"], "trained_here": True, "metrics": "metrics.jsonl", "class_map": class_map},
+    )

@@ -1,0 +1,320 @@
+"""Teachers: the models that judge difficulty, ours or a pretrained DiT of diffusers, behind one `predict`.
+
+A diffusers teacher is a pipeline folder (model_index.json, transformer/, scheduler/) or hub name such as
+facebook/DiT-XL-2-256, or a bare transformer folder.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2c_ray.errors import UserError
+from d2c_ray.models import weights
+from d2c_ray.models.frozen import encoder_hash, file_hash
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What `diffusion.ddpm` is, in the words of a diffusers scheduler.
+_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"}
+_WORDNET_ID = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a teacher before its weights are loaded."""
+
+    kind: str  # dit | sit
+    channels: int
+    side: int  # of the latents
+    num_classes: int
+    class_names: list[str]  # by class; empty where nothing is known
+    source: str  # d2c_ray | diffusers
+    latent: dict[str, Any]  # of its VAE, as far as known: 'vae' and 'encoder' hashes
+    vae_folder: str = ""  # a VAE that came with it
+
+
+@dataclass
+class Teacher:
+    """A loaded teacher."""
+
+    kind: str
+    channels: int
+    num_classes: int
+    device: torch.device
+    network: nn.Module
+    _forward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    dtype: torch.dtype = torch.float32
+
+    def predict(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Noise (dit) or velocity (sit), N x channels x H x W float32; the learned variance of a DiT is dropped.
+
+        Args:
+            x: noisy latents. t: N timesteps. label: N, the teacher's classes.
+        """
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self._forward(x, t, label)[:, : self.channels].float()
+
+
+def resolve(checkpoint: str) -> Path:
+    """The local folder of a checkpoint: as given, or a hub name's snapshot, which is fetched where the hub is in reach.
+
+    Raises:
+        UserError: neither a folder nor a hub name that can be had.
+    """
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    would = (
+        "A model folder (train-<hash>/model of a run), a diffusers DiT pipeline (model_index.json and transformer/), a hub name "
+        "(facebook/DiT-XL-2-256), or empty to train a teacher, would do."
+    )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        raise UserError(f"teacher.checkpoint={checkpoint}: there is no such folder. {would}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(checkpoint, allow_patterns=["model_index.json", "transformer/*", "scheduler/*", "vae/config.json"]))
+    except Exception as error:  # the hub library raises its own, requests' and OSError
+        raise UserError(
+            f"teacher.checkpoint={checkpoint}: there is no such folder, and the hub gives no such model ({type(error).__name__}: {_first(error)}). {would}"
+        ) from None
+
+
+def facts(folder: Path) -> Facts:
+    """What a teacher's folder says of it.
+
+    Raises:
+        UserError: no teacher there, or one that predicts something else on another schedule.
+    """
+    if (folder / weights.META).is_file():
+        meta = weights.read_meta(folder)
+        spec, latent = meta["spec"], meta.get("latent", {})
+        if not (folder / "ema.safetensors").is_file():
+            raise UserError(f"teacher.checkpoint={folder} has no ema.safetensors beside its {weights.META}.")
+        return Facts(
+            spec["kind"], spec["channels"], spec["input_size"], spec["num_classes"], meta.get("class_names", []), "d2c_ray", latent
+        )
+    transformer = _transformer_folder(folder)
+    config = _json(transformer / "config.json")
+    _check_transformer(folder, config)
+    names: list[str] = []
+    if transformer != folder:
+        index = _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+        labels = index.get("id2label") or {}
+        names = [str(labels.get(str(number), "")) for number in range(config["num_embeds_ada_norm"])] if labels else []
+        _check_schedule(folder)
+    vae = folder / "vae"
+    with_weights = transformer != folder and any(vae.glob("*.safetensors"))
+    return Facts(
+        "dit", config["in_channels"], config["sample_size"], config["num_embeds_ada_norm"], names, "diffusers",
+        {"encoder": encoder_hash(str(vae), "")} if with_weights else {}, str(vae) if (vae / "config.json").is_file() and transformer != folder else "",
+    )  # fmt: skip
+
+
+def content_hash(folder: Path) -> str:
+    """A hash of all that scoring with this teacher depends on."""
+    if (folder / weights.META).is_file():
+        return weights.content_hash(folder)
+    transformer = _transformer_folder(folder)
+    return "-".join(file_hash(path)[:8] for path in [transformer / "config.json", *_weight_files(transformer)])
+
+
+def load(folder: Path, device: torch.device, precision: str = "fp32", compile: bool = False) -> Teacher:
+    """Loads a teacher, frozen.
+
+    Args:
+        precision: fp32, or bf16 or fp16 by autocast.
+        compile: through torch.compile; the batch must then always have one shape.
+
+    Raises:
+        UserError: weights missing, unreadable or of other shapes than the folder says.
+    """
+    known, dtype = facts(folder), DTYPES[precision]
+    if known.source == "d2c_ray":
+        student = weights.load(folder, device=device)
+        network: nn.Module = student.network
+    else:
+        network = _load_diffusers(_transformer_folder(folder)).eval().requires_grad_(False).to(device)
+    if dtype != torch.float32:
+        # Autocast would cast these anew at every forward. It would not touch norms, embeddings and the timestep's rates,
+        # which need the float32 they have: frequencies of a timestep of 999 are lost in bf16.
+        for module in network.modules():
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+                module.to(dtype)
+    if known.source == "d2c_ray":
+        if compile:
+            student.network = torch.compile(student.network, dynamic=False)  # type: ignore[assignment]
+        forward: Callable[..., Tensor] = student.predict
+    else:
+        called: Any = torch.compile(network, dynamic=False) if compile else network
+
+        def forward(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            return called(x, timestep=t, class_labels=label, return_dict=False)[0]
+
+    return Teacher(known.kind, known.channels, known.num_classes, device, network, forward, dtype)
+
+
+def class_map(names: Sequence[str], counts: Sequence[int], known: Facts, file: str = "") -> list[int]:
+    """The teacher's class of every label of the data.
+
+    By the file if one is given; else label by label where both count the same and no name speaks against it (WordNet
+    ids stand for ImageNet's order); else by name, synonyms split at commas.
+
+    Args:
+        names: of the data's labels. counts: images of each label; labels without images need no class.
+        file: text, line i for label i: the teacher's class as a number or a name.
+
+    Raises:
+        UserError: names the labels that have no class or several, and the nearest ones.
+    """
+    theirs = known.class_names
+    if file:
+        return _from_file(file, len(names), known)
+    named = any(names) and any(theirs)
+    agree = all(not a or not b or _synonyms(a) & _synonyms(b) for a, b in zip(names, theirs, strict=False))
+    wordnet = len(names) == 1000 and all(_WORDNET_ID.fullmatch(name) for name in names) and list(names) == sorted(names)
+    if len(names) == known.num_classes and (not named or agree or wordnet):
+        return list(range(len(names)))
+    how = "teacher.classes takes a text file whose line i holds the teacher's class (number or name) of label i."
+    if not named:
+        raise UserError(
+            f"teacher.checkpoint knows {known.num_classes} classes; the data has {len(names)}, and without names on both sides they cannot be matched. {how}"
+        )
+    by_name: dict[str, set[int]] = {}
+    for number, name in enumerate(theirs):
+        for word in _synonyms(name):
+            by_name.setdefault(word, set()).add(number)
+    found, problems = [], []
+    for label, name in enumerate(names):
+        # The whole name decides first: 'crane' is two of ImageNet's classes, 'crane, bird' is none.
+        exact = {number for number, other in enumerate(theirs) if _plain(other) == _plain(name)} if name else set()
+        matches = exact or set().union(*(by_name.get(word, set()) for word in _synonyms(name)), set())
+        if not counts[label]:
+            found.append(min(matches) if len(matches) == 1 else 0)
+        elif len(matches) == 1:
+            found.append(min(matches))
+        elif matches:
+            problems.append(f"label {label} '{name}' is several of them ({', '.join(map(str, sorted(matches)))})")
+        else:
+            near = get_close_matches(_plain(name), list(by_name), 2, 0.6)
+            problems.append(f"label {label} '{name}' is none of them" + (f" (near: {', '.join(near)})" if near else ""))
+    used = [number for label, number in enumerate(found) if counts[label]] if not problems else []
+    if len(set(used)) < len(used):
+        twice = next(number for number in used if used.count(number) > 1)
+        both = [names[label] for label, number in enumerate(found) if number == twice and counts[label]]
+        problems.append(f"'{both[0]}' and '{both[1]}' are both its class {twice}")
+    if problems:
+        raise UserError(
+            f"the classes of teacher.checkpoint ({known.num_classes}) do not fit the data's ({len(names)}): {'; '.join(problems[:5])}"
+            f"{f' and {len(problems) - 5} more' if len(problems) > 5 else ''}. {how}"
+        )
+    return found
+
+
+def _from_file(file: str, count: int, known: Facts) -> list[int]:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"teacher.classes={file}: there is no such file.")
+    lines = [line.strip() for line in path.read_text().rstrip().splitlines()]
+    if len(lines) != count:
+        raise UserError(f"teacher.classes={file} has {len(lines)} lines; the data has {count} classes, and line i is for label i.")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.isdigit():
+            matches = [int(line)] if int(line) < known.num_classes else []
+        else:
+            matches = [index for index, name in enumerate(known.class_names) if _plain(name) == _plain(line)] or [
+                index for index, name in enumerate(known.class_names) if _plain(line) in _synonyms(name)
+            ]
+        if len(matches) != 1:
+            raise UserError(
+                f"teacher.classes={file}, line {number}: '{line}' is {len(matches)} of the teacher's {known.num_classes} classes; a number from 0 or a name of one would do."
+            )
+        found.append(matches[0])
+    return found
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.sub(r"[_\-]+", " ", name.casefold()).split())
+
+
+def _synonyms(name: str) -> set[str]:
+    return {_plain(word) for word in name.split(",")} - {""}
+
+
+def _transformer_folder(folder: Path) -> Path:
+    for candidate in (folder / "transformer", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise UserError(
+        f"teacher.checkpoint={folder} holds no {weights.META} (a model folder of this project: train-<hash>/model or teacher-<hash>/model) and no "
+        f"transformer/config.json (a diffusers DiT pipeline); it holds {', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}."
+    )
+
+
+def _weight_files(transformer: Path) -> list[Path]:
+    """The weights that diffusers would read."""
+    for pattern in ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin"):
+        found = sorted(transformer.glob(pattern))
+        plain = [path for path in found if ".fp16." not in path.name]
+        if found:
+            return plain or found
+    raise UserError(f"teacher.checkpoint: '{transformer}' holds no diffusion_pytorch_model.safetensors (or .bin).")
+
+
+def _check_transformer(folder: Path, config: dict[str, Any]) -> None:
+    # The published DiT-XL/2 were saved as Transformer2DModel, of which DiTTransformer2DModel is what remains.
+    kind = config.get("_class_name")
+    if kind != "DiTTransformer2DModel" and not (kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"):
+        raise UserError(f"teacher.checkpoint={folder} holds a {kind}; a DiT (DiTTransformer2DModel) would do.")
+    into, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
+    if out not in (into, 2 * into):
+        raise UserError(
+            f"teacher.checkpoint={folder} gives {out} channels for {into}; {into}, or {2 * into} with a learned variance, would do."
+        )
+
+
+def _check_schedule(folder: Path) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    stated = _json(path) if path.is_file() else {}
+    other = [f"{name}={stated[name]} (not {wanted})" for name, wanted in _SCHEDULE.items() if stated.get(name, wanted) != wanted]
+    if other or stated.get("trained_betas"):
+        raise UserError(
+            f"teacher.checkpoint={folder} was trained on another noise schedule: {', '.join(other) or 'trained_betas'}. Difficulty needs eps prediction on DiT's schedule."
+        )
+
+
+def _load_diffusers(transformer: Path) -> Any:
+    from diffusers import DiTTransformer2DModel
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    files = _weight_files(transformer)
+    safe = files[0].suffix == ".safetensors"
+    try:
+        # A .bin, which the published DiT-XL/2 come as, goes through torch.load(weights_only=True): tensors and nothing else.
+        return DiTTransformer2DModel.from_pretrained(
+            transformer, use_safetensors=safe, local_files_only=True, variant="fp16" if ".fp16." in files[0].name else None, torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+        )  # fmt: skip
+    except Exception as error:  # unpickling, safetensors, shapes: each has its own
+        raise UserError(
+            f"teacher.checkpoint: the weights in '{transformer}' cannot be loaded: {type(error).__name__}: {_first(error)}"
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"teacher.checkpoint: '{path}' cannot be read: {error}") from error
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
