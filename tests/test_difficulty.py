@@ -102,6 +102,33 @@ def test_rank_stability_is_spearman_a_class_corrected() -> None:
     assert difficulty.rank_stability(even, odd, labels) == pytest.approx(2 * half / (1 + half), abs=1e-12)
 
 
+@pytest.mark.parametrize("decimals", [0, 2, 7])
+def test_ranks_are_those_of_scipy(decimals: int) -> None:
+    from scipy.stats import rankdata
+
+    values = np.random.default_rng(2).normal(size=1000).round(decimals).astype(np.float32)
+    assert np.array_equal(difficulty._ranks(values), 2 * rankdata(values))
+
+
+@pytest.mark.parametrize("kind", ["sit", "dit"])
+@pytest.mark.parametrize("device_batch", [3, 8, 64])
+def test_bits_are_those_of_one_pair_in_a_padded_batch(kind: str, device_batch: int) -> None:
+    """All pairs written out beforehand, cut into batches that a copy of the batch's first pair fills up."""
+    model, (z, label, draws), t = teacher(kind), inputs(5, 4), difficulty.timesteps(kind, 4, 0.0, 1.0)
+    clean, labels, eps, at = z.repeat_interleave(4, 0), label.repeat_interleave(4), draws.flatten(0, 1), t.repeat(5)
+    objective = difficulty.ddpm if kind == "dit" else difficulty.flow
+    expected = []
+    for pair in range(20):
+        first = pair - pair % device_batch
+        row = torch.tensor([*range(first, min(first + device_batch, 20))])
+        row = torch.cat([row, row[:1].expand(device_batch - len(row))])
+        with torch.inference_mode():
+            out = model.network(objective.add_noise(clean[row], eps[row], at[row]), at[row], labels[row])[:, :1]
+        target = eps[row] if kind == "dit" else eps[row] - clean[row]
+        expected.append((out - target).square().flatten(1).mean(1)[pair - first])
+    assert torch.equal(difficulty.errors(model, z, label, draws, t, device_batch), torch.stack(expected).reshape(5, 4))
+
+
 def test_needed_timesteps_inverts_spearman_brown() -> None:
     """A measure of reliability 0.2 a timestep: r_n = n r / (1 + (n - 1) r)."""
     at_8 = 8 * 0.2 / (1 + 7 * 0.2)

@@ -2,6 +2,7 @@
 
 import builtins
 import importlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,53 @@ def test_missing_vae_says_what_would_do(tmp_path: Path, monkeypatch: pytest.Monk
         frozen.vae_facts(str(tmp_path / "nothing"), "")
     with pytest.raises(UserError, match="no AutoencoderKL could be loaded"):
         frozen._load_vae(VaeConfig(path=str(tmp_path)))
+
+
+class Payload:
+    """Unpickled in full, it leaves a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_a_vae_of_older_repositories_is_read_and_runs_nothing(tmp_path: Path) -> None:
+    """They hold a .bin alone."""
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file
+
+    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2).save_pretrained(tmp_path / "new" / "vae")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    kept, path = tmp_path / "old" / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "old" / "vae" / "diffusion_pytorch_model.bin"
+    tensors = load_file(kept)
+    kept.unlink()
+    torch.save(tensors, path)
+    assert frozen.vae_facts(str(tmp_path / "old"), "vae") == frozen.vae_facts(str(tmp_path / "new"), "vae")
+
+    torch.save({**tensors, "extra": Payload(tmp_path / "ran")}, path)
+    with pytest.raises(UserError, match=r"no AutoencoderKL could be loaded.*Unable to load weights"):
+        frozen.Vae(VaeConfig(path=str(tmp_path / "old"), subfolder="vae"), torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "ran").exists(), "the payload works where it may"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_vae_in_lower_precision_is_close(tmp_path: Path, precision: str) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=2).save_pretrained(tmp_path)
+    pixels = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
+    full, low = (
+        frozen.Vae(VaeConfig(path=str(tmp_path), precision=kind), torch.device("cpu")).encode(pixels) for kind in ("fp32", precision)
+    )
+    for a, b in zip(full, low, strict=True):
+        assert b.dtype == torch.float32
+        assert not torch.equal(a, b)
+        assert (a - b).abs().max() < 0.05 * a.abs().max()
 
 
 def test_model_folder_survives_and_refuses_what_does_not_fit(tmp_path: Path) -> None:

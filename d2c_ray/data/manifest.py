@@ -569,12 +569,12 @@ def read_images(rows: pa.Table, base: str, image_column: str, options: StorageCo
     ranged = np.flatnonzero(groups < 0)
     offsets, lengths = rows.column("offset").to_numpy(), rows.column("length").to_numpy()
     contents = storage.read_ranges([(uris[row], int(offsets[row]), int(lengths[row])) for row in ranged], options)
-    for place, content in zip(ranged, contents, strict=True):
-        found[place] = content
+    for row, content in zip(ranged.tolist(), contents, strict=True):
+        found[row] = content
     numbers = rows.column("row").to_numpy()
     together: dict[tuple[str, int], list[int]] = {}
-    for row in np.flatnonzero(groups >= 0):
-        together.setdefault((uris[row], int(groups[row])), []).append(int(row))
+    for row in np.flatnonzero(groups >= 0).tolist():
+        together.setdefault((uris[row], int(groups[row])), []).append(row)
     for (uri, group), members in together.items():
         try:
             values = _row_group(uri, group, image_column, options).take(pa.array(numbers[members]))

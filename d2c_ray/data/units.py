@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,12 @@ def _missing(rows: int, done: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def read_rows(unit: dict[str, Any]) -> pa.Table:
     """The manifest rows of a unit."""
-    rows = pq.ParquetFile(unit["path"]).read_row_group(unit["row_group"])
-    return rows.slice(unit["start"], unit["stop"] - unit["start"])
+    return _shard(unit["path"], unit["row_group"]).slice(unit["start"], unit["stop"] - unit["start"])
+
+
+@lru_cache(maxsize=1)  # the next unit is mostly of the same shard
+def _shard(path: str, row_group: int) -> pa.Table:
+    return pq.ParquetFile(path).read_row_group(row_group)
 
 
 def decode_rows(

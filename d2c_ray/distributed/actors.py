@@ -4,6 +4,7 @@ import json
 import platform
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ class Scorer:
         self, teacher: str, class_map: list[int], vae: VaeConfig, score: ScoreConfig, flip: bool, latents: str, device: str, threads: int
     ):
         torch.set_num_threads(threads)
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         self.score, self.flip = score, flip
         self.latents = Path(latents) if latents else None
         self.class_map = np.asarray(class_map, np.int64)
@@ -52,7 +54,7 @@ class Scorer:
     def _errors(self, table: pa.Table) -> np.ndarray:
         pixels = torch.from_numpy(units.pixels_of(table))
         label = torch.from_numpy(self.class_map[np.maximum(table.column("label").to_numpy(), 0)])
-        noise = torch.from_numpy(np.array(tables.tensor_values(table, "noise")))
+        noise = torch.from_numpy(tables.tensor_values(table, "noise"))  # as it lies in the object store: only read
         if self.vae is not None and self.latents is not None:
             mean, std = condensed.posterior(pixels, self.vae, self.flip)
             latent_cache.write(self.latents, table, {"latent_mean": mean.half().numpy(), "latent_std": std.half().numpy()})

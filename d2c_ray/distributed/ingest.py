@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from d2c_ray.data import tables
 from d2c_ray.data import units as unit_io
 from d2c_ray.distributed import cluster
 from d2c_ray.distributed.cluster import Share
+from d2c_ray.errors import UserError
 from d2c_ray.selection.noise import noise as scoring_noise
 
 Extend = Callable[[pa.Table], pa.Table]
@@ -84,6 +86,7 @@ def stream(
     dataset = dataset.map_batches(
         _decode, batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
         fn_kwargs={"data": data, "storage": storage, "extend": extend, "keep_bytes": keep_bytes}, num_cpus=1,
+        memory=1,  # a byte: tasks that ask for just what the actors ask for would be fused into them, and decode in turn with computing
     )  # fmt: skip
     most = min(share.actors, len(units))
     dataset = dataset.map_batches(
@@ -91,11 +94,23 @@ def stream(
         compute=ActorPoolStrategy(min_size=min(share.min_actors or most, most), max_size=most),
         num_cpus=1, num_gpus=share.gpus_per_actor or None,
     )  # fmt: skip
-    with _Listener(share, say) as listener:
+    with _Listener(share, say) as listener, _words_of_actors():
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             listener.heard()
             for unit, payload in zip(batch.column("unit").to_pylist(), batch.column("payload"), strict=True):
                 yield json.loads(unit), unpack(payload)
+
+
+@contextmanager
+def _words_of_actors() -> Iterator[None]:
+    """Gives a `UserError` of an actor's constructor back, which Ray tells as text alone."""
+    try:
+        yield
+    except ray.exceptions.ActorDiedError as error:
+        _, ours, words = str(error).rpartition(f"\n{UserError.__module__}.{UserError.__qualname__}: ")
+        if ours:
+            raise UserError(words.strip()) from error
+        raise
 
 
 class _Listener:

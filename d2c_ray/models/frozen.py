@@ -223,13 +223,19 @@ def encoder_hash(path: str, subfolder: str) -> str:
 def _load_vae(config: VaeConfig) -> Any:
     from diffusers import AutoencoderKL
 
-    try:
-        return AutoencoderKL.from_pretrained(config.path, subfolder=config.subfolder or None, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"vae.path={config.path}: no AutoencoderKL could be loaded ({str(error).splitlines()[0]}). Give a local folder that holds "
-            "config.json and diffusion_pytorch_model.safetensors (vae.subfolder=vae inside a pipeline), or a hub name with the hub in reach."
-        ) from error
+    folder, name = Path(config.path) / config.subfolder, "diffusion_pytorch_model"
+    only_bin = (folder / f"{name}.bin").is_file() and not (folder / f"{name}.safetensors").is_file()
+    errors = []
+    # A .bin, which older repositories hold alone, goes through torch.load(weights_only=True): tensors and nothing else.
+    for safe in (False,) if only_bin else (True, False):
+        try:
+            return AutoencoderKL.from_pretrained(config.path, subfolder=config.subfolder or None, use_safetensors=safe)
+        except (OSError, ValueError) as error:
+            errors.append(error)
+    raise UserError(
+        f"vae.path={config.path}: no AutoencoderKL could be loaded ({str(errors[0]).splitlines()[0]}). Give a local folder that holds "
+        "config.json and diffusion_pytorch_model.safetensors or .bin (vae.subfolder=vae inside a pipeline), or a hub name with the hub in reach."
+    ) from errors[0]
 
 
 def quantise(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

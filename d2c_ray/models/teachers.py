@@ -4,6 +4,7 @@ A diffusers teacher is a pipeline folder (model_index.json, transformer/, schedu
 facebook/DiT-XL-2-256, or a bare transformer folder.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ from d2c_ray.models.frozen import encoder_hash, file_hash
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What `diffusion.ddpm` is, in the words of a diffusers scheduler.
-_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"}
+_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon",
+             "rescale_betas_zero_snr": False}  # fmt: skip
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -95,22 +97,21 @@ def facts(folder: Path) -> Facts:
     if (folder / weights.META).is_file():
         meta = weights.read_meta(folder)
         spec, latent = meta["spec"], meta.get("latent", {})
-        if not (folder / "ema.safetensors").is_file():
-            raise UserError(f"teacher.checkpoint={folder} has no ema.safetensors beside its {weights.META}.")
+        for needed in ("ema.safetensors", weights.TEXT) if spec.get("text_tokens") else ("ema.safetensors",):
+            if not (folder / needed).is_file():
+                raise UserError(f"teacher.checkpoint={folder} has no {needed} beside its {weights.META}.")
         return Facts(
             spec["kind"], spec["channels"], spec["input_size"], spec["num_classes"], meta.get("class_names", []), "d2c_ray", latent
         )
     transformer = _transformer_folder(folder)
     config = _json(transformer / "config.json")
     _check_transformer(folder, config)
-    names: list[str] = []
+    labels = _labels(folder) if transformer != folder else {}
+    names = [str(labels.get(str(number), "")) for number in range(config["num_embeds_ada_norm"])] if labels else []
     if transformer != folder:
-        index = _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-        labels = index.get("id2label") or {}
-        names = [str(labels.get(str(number), "")) for number in range(config["num_embeds_ada_norm"])] if labels else []
         _check_schedule(folder)
     vae = folder / "vae"
-    with_weights = transformer != folder and any(vae.glob("*.safetensors"))
+    with_weights = transformer != folder and any((vae / f"diffusion_pytorch_model.{suffix}").is_file() for suffix in ("safetensors", "bin"))
     return Facts(
         "dit", config["in_channels"], config["sample_size"], config["num_embeds_ada_norm"], names, "diffusers",
         {"encoder": encoder_hash(str(vae), "")} if with_weights else {}, str(vae) if (vae / "config.json").is_file() and transformer != folder else "",
@@ -122,7 +123,9 @@ def content_hash(folder: Path) -> str:
     if (folder / weights.META).is_file():
         return weights.content_hash(folder)
     transformer = _transformer_folder(folder)
-    return "-".join(file_hash(path)[:8] for path in [transformer / "config.json", *_weight_files(transformer)])
+    parts = [file_hash(path)[:8] for path in [transformer / "config.json", *_weight_files(transformer)]]
+    labels = _labels(folder) if transformer != folder else {}  # by them the data's classes are matched
+    return "-".join([*parts, *([hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest()[:8]] if labels else [])])
 
 
 def load(folder: Path, device: torch.device, precision: str = "fp32", compile: bool = False) -> Teacher:
@@ -178,7 +181,8 @@ def class_map(names: Sequence[str], counts: Sequence[int], known: Facts, file: s
         return _from_file(file, len(names), known)
     named = any(names) and any(theirs)
     agree = all(not a or not b or _synonyms(a) & _synonyms(b) for a, b in zip(names, theirs, strict=False))
-    wordnet = len(names) == 1000 and all(_WORDNET_ID.fullmatch(name) for name in names) and list(names) == sorted(names)
+    ids, other_ids = (len(side) == 1000 and all(_WORDNET_ID.fullmatch(name) for name in side) for side in (names, theirs))
+    wordnet = ids and not other_ids and list(names) == sorted(names)  # ids on both sides are names as others are
     if len(names) == known.num_classes and (not named or agree or wordnet):
         return list(range(len(names)))
     how = "teacher.classes takes a text file whose line i holds the teacher's class (number or name) of label i."
@@ -187,13 +191,15 @@ def class_map(names: Sequence[str], counts: Sequence[int], known: Facts, file: s
             f"teacher.checkpoint knows {known.num_classes} classes; the data has {len(names)}, and without names on both sides they cannot be matched. {how}"
         )
     by_name: dict[str, set[int]] = {}
+    by_whole_name: dict[str, set[int]] = {}
     for number, name in enumerate(theirs):
+        by_whole_name.setdefault(_plain(name), set()).add(number)
         for word in _synonyms(name):
             by_name.setdefault(word, set()).add(number)
     found, problems = [], []
     for label, name in enumerate(names):
         # The whole name decides first: 'crane' is two of ImageNet's classes, 'crane, bird' is none.
-        exact = {number for number, other in enumerate(theirs) if _plain(other) == _plain(name)} if name else set()
+        exact = by_whole_name.get(_plain(name), set()) if name else set()
         matches = exact or set().union(*(by_name.get(word, set()) for word in _synonyms(name)), set())
         if not counts[label]:
             found.append(min(matches) if len(matches) == 1 else 0)
@@ -202,7 +208,7 @@ def class_map(names: Sequence[str], counts: Sequence[int], known: Facts, file: s
         elif matches:
             problems.append(f"label {label} '{name}' is several of them ({', '.join(map(str, sorted(matches)))})")
         else:
-            near = get_close_matches(_plain(name), list(by_name), 2, 0.6)
+            near = get_close_matches(_plain(name), list(by_name), 2, 0.6) if len(problems) < 5 else []  # slow, and no more are told
             problems.append(f"label {label} '{name}' is none of them" + (f" (near: {', '.join(near)})" if near else ""))
     used = [number for label, number in enumerate(found) if counts[label]] if not problems else []
     if len(set(used)) < len(used):
@@ -226,7 +232,7 @@ def _from_file(file: str, count: int, known: Facts) -> list[int]:
         raise UserError(f"teacher.classes={file} has {len(lines)} lines; the data has {count} classes, and line i is for label i.")
     found = []
     for number, line in enumerate(lines, start=1):
-        if line.isdigit():
+        if line.isdecimal():
             matches = [int(line)] if int(line) < known.num_classes else []
         else:
             matches = [index for index, name in enumerate(known.class_names) if _plain(name) == _plain(line)] or [
@@ -258,13 +264,21 @@ def _transformer_folder(folder: Path) -> Path:
     )
 
 
+def _labels(folder: Path) -> dict[str, Any]:
+    """id2label of a pipeline."""
+    path = folder / "model_index.json"
+    return (_json(path) if path.is_file() else {}).get("id2label") or {}
+
+
 def _weight_files(transformer: Path) -> list[Path]:
     """The weights that diffusers would read."""
-    for pattern in ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin"):
-        found = sorted(transformer.glob(pattern))
-        plain = [path for path in found if ".fp16." not in path.name]
+    both = [sorted(transformer.glob(f"diffusion_pytorch_model*.{suffix}")) for suffix in ("safetensors", "bin")]
+    for found in ([path for path in files if ".fp16" not in path.name] for files in both):
         if found:
-            return plain or found
+            return found
+    for found in both:  # half precision is all there is
+        if found:
+            return found
     raise UserError(f"teacher.checkpoint: '{transformer}' holds no diffusion_pytorch_model.safetensors (or .bin).")
 
 
@@ -273,6 +287,9 @@ def _check_transformer(folder: Path, config: dict[str, Any]) -> None:
     kind = config.get("_class_name")
     if kind != "DiTTransformer2DModel" and not (kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"):
         raise UserError(f"teacher.checkpoint={folder} holds a {kind}; a DiT (DiTTransformer2DModel) would do.")
+    unknown = [name for name in ("in_channels", "sample_size", "num_embeds_ada_norm") if not isinstance(config.get(name), int)]
+    if unknown:
+        raise UserError(f"teacher.checkpoint={folder}: its config.json does not say {', '.join(unknown)}.")
     into, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if out not in (into, 2 * into):
         raise UserError(
@@ -284,9 +301,13 @@ def _check_schedule(folder: Path) -> None:
     path = folder / "scheduler" / "scheduler_config.json"
     stated = _json(path) if path.is_file() else {}
     other = [f"{name}={stated[name]} (not {wanted})" for name, wanted in _SCHEDULE.items() if stated.get(name, wanted) != wanted]
-    if other or stated.get("trained_betas"):
+    if stated.get("trained_betas"):
+        other.append("trained_betas")
+    if str(stated.get("_class_name")).startswith("FlowMatch"):
+        other.append(stated["_class_name"])
+    if other:
         raise UserError(
-            f"teacher.checkpoint={folder} was trained on another noise schedule: {', '.join(other) or 'trained_betas'}. Difficulty needs eps prediction on DiT's schedule."
+            f"teacher.checkpoint={folder} was trained on another noise schedule: {', '.join(other)}. Difficulty needs eps prediction on DiT's schedule."
         )
 
 
@@ -299,21 +320,31 @@ def _load_diffusers(transformer: Path) -> Any:
     safe = files[0].suffix == ".safetensors"
     try:
         # A .bin, which the published DiT-XL/2 come as, goes through torch.load(weights_only=True): tensors and nothing else.
-        return DiTTransformer2DModel.from_pretrained(
-            transformer, use_safetensors=safe, local_files_only=True, variant="fp16" if ".fp16." in files[0].name else None, torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
+        network, report = DiTTransformer2DModel.from_pretrained(
+            transformer, use_safetensors=safe, local_files_only=True, variant="fp16" if ".fp16" in files[0].name else None, torch_dtype=torch.float32,
+            low_cpu_mem_usage=False, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # unpickling, safetensors, shapes: each has its own
         raise UserError(
             f"teacher.checkpoint: the weights in '{transformer}' cannot be loaded: {type(error).__name__}: {_first(error)}"
         ) from error
+    unknown = set(report["unexpected_keys"]) - {"pos_embed.pos_embed"}  # a fixed table, which some releases saved
+    for words, keys in (("lack", report["missing_keys"]), ("hold besides", unknown)):
+        if keys:  # diffusers would leave the one random and ignore the other: blocks that config.json does not count
+            raise UserError(
+                f"teacher.checkpoint: the weights in '{transformer}' {words} {', '.join(sorted(keys)[:3])}, unlike what its config.json says."
+            )
+    return network
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"teacher.checkpoint: '{path}' cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"teacher.checkpoint: '{path}' cannot be read: it holds no JSON object.")
+    return content
 
 
 def _first(error: Exception) -> str:

@@ -73,25 +73,44 @@ def rank_stability(even: np.ndarray, odd: np.ndarray, labels: np.ndarray) -> flo
     """How reproducible the ranks are: Spearman between odd and even timesteps within each class, corrected to the full |T|.
 
     Spearman-Brown: r = 2 r_half / (1 + r_half). 0.9 and above is enough. None where no class has three images, or one
-    has no order at all. Takes some 30 bytes a row.
+    has no order at all. Takes up to some 35 bytes a row.
     """
-    from scipy.stats import rankdata
-
-    order = np.argsort(labels, kind="stable")
+    order = np.argsort(labels, kind="stable").astype(np.int32)
     starts = np.flatnonzero(np.diff(labels[order], prepend=labels.min(initial=0) - 1))
     found, weights = [], []
     for start, stop in zip(starts, [*starts[1:], len(labels)], strict=True):
         rows = order[start:stop]
         if len(rows) >= 3:
-            ranks = [rankdata(half[rows]) for half in (even, odd)]
-            if not ranks[0].std() or not ranks[1].std():
+            a, b = (_centred(ranks) for ranks in [_ranks(half[rows]) for half in (even, odd)])
+            spread = np.sqrt((a @ a) * (b @ b))
+            if not spread:
                 return None
-            found.append(float(np.corrcoef(*ranks)[0, 1]))
+            found.append(float(a @ b / spread))
             weights.append(len(rows))
     if not found:
         return None
     half = float(np.average(found, weights=weights))
     return 2 * half / (1 + half) if half > -1 else -1.0
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Twice the ranks from 1, int32, ties at their mean: what scipy.stats.rankdata gives, in a third of its memory."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])).astype(np.int32)
+    del ordered
+    sizes = np.diff(starts, append=np.int32(len(values)))
+    starts *= 2
+    starts += sizes + 1
+    ranks = np.empty(len(values), np.int32)
+    ranks[order] = np.repeat(starts, sizes)
+    return ranks
+
+
+def _centred(ranks: np.ndarray) -> np.ndarray:
+    values = ranks.astype(np.float64)
+    values -= values.mean()
+    return values
 
 
 def needed_timesteps(stability: float, count: int, wanted: float = 0.9) -> int | None:
