@@ -103,7 +103,9 @@ def test_measures_put_a_copier_at_its_floor_and_noise_above_real() -> None:
 def test_image_i_depends_on_seed_and_i_alone(kind: str) -> None:
     from test_difficulty import teacher
 
-    student = teacher(kind)
+    from d2c_ray.models.weights import Student
+
+    student = Student(teacher(kind).network, {}, None, None, 1.0)
     sample = SampleConfig(num_images=9, steps=3, device_batch=4, guidance=2.0)
     labels, whole = sampling.generate(student, sample, torch.arange(9), None)
     assert labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]
