@@ -64,15 +64,15 @@ def test_walk_gives_the_same_order_locally_and_on_s3(server: S3Server, s3: Stora
         content = bytes(number)
         (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "root" / name).write_bytes(content)
-        server.put("walked", f"some/root/{name}", content)
-    server.put("walked", "some/root/", b"")  # what a console makes for a folder
-    server.put("walked", "some/root/a/", b"")
-    server.put("walked", "some/rootless", b"not below it")
+        server.put("walked", f"some/top/{name}", content)
+    server.put("walked", "some/top/", b"")  # what a console makes for a folder
+    server.put("walked", "some/top/a/", b"")
+    server.put("walked", "some/topless", b"not below it")
     wanted = [storage.Entry(name, shuffled.index(name)) for name in NAMES]
     assert list(storage.walk(str(tmp_path / "root"), LOCAL)) == wanted
-    for root in ("s3://walked/some/root", "s3://walked/some/root/"):
+    for root in ("s3://walked/some/top", "s3://walked/some/top/"):
         assert list(storage.walk(root, s3)) == wanted
-    for root, config in ((str(tmp_path / "root"), LOCAL), ("s3://walked/some/root", s3)):
+    for root, config in ((str(tmp_path / "root"), LOCAL), ("s3://walked/some/top", s3)):
         assert [len(storage.read_all(storage.join(root, entry.name), config)) for entry in wanted] == [entry.size for entry in wanted]
 
 
