@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -21,7 +22,6 @@ import torch
 from conftest import DEBUG
 from faulty_s3 import FaultyProxy, S3Server, once_each
 from ray.cluster_utils import Cluster
-from ray.data import DataContext
 from test_pipeline import kill, start, wait_for
 from test_tar import pack
 
@@ -259,19 +259,21 @@ def test_an_actor_that_can_never_load_ends_the_run(
     class Never(Scorer):
         def __init__(self, **args: object):
             if dies:
-                os._exit(1)
+                os.kill(os.getpid(), signal.SIGKILL)  # as the system does that has no memory left
             raise UserError("no such weights")
 
     monkeypatch.setattr(scoring, "Scorer", Never)
-    if dies:
-        # Ray starts it again without end, until nothing has come for so long; half an hour otherwise.
-        monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 8)
+    monkeypatch.setattr(ingest, "DEATHS_WHILE_LOADING", 2)
     began = time.monotonic()
     with pytest.raises(Exception) as raised:  # noqa: PT011 - the error is Ray's, with ours inside
         score(configured("resources.actors=1"))
     assert time.monotonic() - began < 60
-    if not dies:
-        assert str(pipeline.unwrap(raised.value)) == "no such weights"
+    error = pipeline.unwrap(raised.value)
+    assert isinstance(error, UserError)
+    if dies:
+        assert re.match(r"actors died 2 times while they loaded their models, on \S+\. .* \(resources\.actors\)", str(error))
+    else:
+        assert str(error) == "no such weights"
 
 
 def test_a_broken_image_is_one_rejected_row(configured, local_ray: None, cifar10: Path, tmp_path: Path) -> None:

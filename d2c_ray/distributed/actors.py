@@ -43,7 +43,7 @@ class Scorer:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (unit,) = batch.column("unit").to_pylist()
-        table = unpack(batch.column("payload")[0])
+        table = unpack(batch.column("payload"))
         with self.clock.computing(len(table)):
             errors = self._errors(table) if len(table) else np.zeros((0, len(self.t)), np.float32)
         result = table.select(["sample_id", "key", "label", "shard"])
@@ -144,7 +144,7 @@ class Attacher:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (unit,) = batch.column("unit").to_pylist()
-        table = unpack(batch.column("payload")[0])
+        table = unpack(batch.column("payload"))
         rejected = json.loads(table.schema.metadata[b"rejected"])
         kept = latent_cache.read(self.latents, table) if self.latents else None
         facts = condensed.write_part(

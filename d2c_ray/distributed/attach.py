@@ -51,7 +51,9 @@ def attach(
             progress.advance(unit["stop"] - unit["start"])
         else:
             work.append(unit)
-    for unit, _ in stream(work, config.data, config.storage, share, Attacher, actor_args, keep_bytes=keep_images, say=say):
+    for unit, _ in stream(
+        work, config.data, config.storage, share, Attacher, actor_args, keep_bytes=keep_images, say=say, notes=out / "loading"
+    ):
         rejects.add(tables.metadata(parts[unit["unit"]])["rejected"])
         progress.advance(unit["stop"] - unit["start"])
     return [tables.metadata(path) for path in parts.values()]

@@ -6,10 +6,14 @@ actor's call is one unit whatever the block sizes.
 
 import json
 import logging
+import shutil
+import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +33,7 @@ Extend = Callable[[pa.Table], pa.Table]
 Say = Callable[[str], None]
 
 UNITS_PER_TASK = 8  # at most; neighbours often lie in one row group of the source, which is then read once
+DEATHS_WHILE_LOADING = 4  # beyond as many as load at once, after which it is no chance
 QUIET_SEC = 20.0  # without a result, after which it is said what is waited for
 
 
@@ -57,6 +62,8 @@ def stream(
     extend: Extend | None = None,
     keep_bytes: bool = False,
     say: Say = lambda text: None,
+    *,
+    notes: Path,
 ) -> Iterator[tuple[dict[str, Any], pa.Table]]:
     """Runs every unit through decoding and `actor`, yielding (unit, result) in any order.
 
@@ -68,6 +75,10 @@ def stream(
         extend: adds columns to the decoded table in the decode task (the noise of scoring).
         keep_bytes: keep the encoded bytes beside the pixels.
         say: told what is waited for while nothing comes.
+        notes: a folder that all nodes see, where actors leave a note while they load.
+
+    Raises:
+        UserError: actors die again and again while they load.
     """
     if not units:
         return
@@ -90,15 +101,36 @@ def stream(
     )  # fmt: skip
     most = min(share.actors, len(units))
     dataset = dataset.map_batches(
-        actor, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, fn_constructor_kwargs=actor_args,
-        compute=ActorPoolStrategy(min_size=min(share.min_actors or most, most), max_size=most),
+        _noted(actor, notes), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, fn_constructor_kwargs=actor_args,
+        # Two calls at once, of which one computes: the next unit is unpacked by Ray while this one is worked on.
+        compute=ActorPoolStrategy(min_size=min(share.min_actors or most, most), max_size=most, max_concurrent_calls_per_actor=2),
         num_cpus=1, num_gpus=share.gpus_per_actor or None,
     )  # fmt: skip
+    loads = _Loads(notes, share.actors)
+    dataset.context.custom_execution_callback_classes = [lambda: loads]
     with _Listener(share, say) as listener, _words_of_actors():
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             listener.heard()
-            for unit, payload in zip(batch.column("unit").to_pylist(), batch.column("payload"), strict=True):
-                yield json.loads(unit), unpack(payload)
+            loads.heard()
+            for row, unit in enumerate(batch.column("unit").to_pylist()):
+                yield json.loads(unit), unpack(batch.column("payload"), row)
+
+
+def _noted(actor: type, notes: Path) -> type:
+    """The actor class, leaving a note while it loads: Ray starts a process that dies there again without end or a word."""
+
+    class Noted(actor):
+        def __init__(self, **arguments: Any):
+            notes.mkdir(parents=True, exist_ok=True)
+            note = notes / uuid.uuid4().hex
+            note.write_text(socket.gethostname())
+            try:
+                super().__init__(**arguments)
+            finally:
+                note.unlink(missing_ok=True)
+
+    Noted.__name__ = Noted.__qualname__ = actor.__name__
+    return Noted
 
 
 @contextmanager
@@ -139,6 +171,49 @@ class _Listener:
                 self._say(cluster.waiting_for(self._share))
 
 
+class _Loads:
+    """Ends an execution whose actors die again and again while they load, as their notes tell. A callback of Ray Data's."""
+
+    def __init__(self, notes: Path, actors: int):
+        self._notes, self._actors = notes, actors
+        self._before = 0  # notes that were left when a result last came
+        self._looked = 0.0
+
+    def heard(self) -> None:
+        self._before = len(self._left())
+
+    def before_execution_starts(self, executor: object) -> None:
+        shutil.rmtree(self._notes, ignore_errors=True)
+
+    def after_execution_succeeds(self, executor: object) -> None:
+        shutil.rmtree(self._notes, ignore_errors=True)
+
+    def after_execution_fails(self, executor: object, error: Exception) -> None: ...
+
+    def on_execution_step(self, executor: object) -> None:
+        """Called at every turn of the scheduling; an error raised here ends the execution."""
+        now = time.monotonic()
+        if now - self._looked < 1.0:
+            return
+        self._looked = now
+        left = self._left()
+        died = len(left) - self._before - self._actors  # as many may be loading
+        if died < DEATHS_WHILE_LOADING:
+            return
+        hosts = set()
+        for note in left:
+            with suppress(FileNotFoundError):  # one that has loaded by now
+                hosts.add(note.read_text())
+        raise UserError(
+            f"actors died {died} times while they loaded their models, on {', '.join(sorted(hosts)[:3])}. Most often the memory of the machine "
+            "or of the GPU does not hold what each of them loads: fewer actors (resources.actors) or larger nodes would do. "
+            "What is finished is kept; Ray's logs (raylet.out, worker-*.err of the node) have more."
+        )
+
+    def _left(self) -> list[Path]:
+        return list(self._notes.glob("*"))
+
+
 def pack(unit: str, table: pa.Table) -> pa.Table:
     """One row that carries a whole table."""
     sink = pa.BufferOutputStream()
@@ -148,9 +223,12 @@ def pack(unit: str, table: pa.Table) -> pa.Table:
     return pa.table({"unit": pa.array([unit]), "payload": payload})
 
 
-def unpack(payload: pa.Scalar) -> pa.Table:
-    """The table that `pack` packed, without a copy."""
-    return pa.ipc.open_stream(payload.as_buffer()).read_all()
+def unpack(payloads: pa.ChunkedArray, row: int = 0) -> pa.Table:
+    """The table that `pack` packed, without a copy: a scalar of the column would be one."""
+    (array,) = payloads.slice(row, 1).chunks
+    _, offsets, values = array.buffers()
+    start, stop = np.frombuffer(offsets, np.int64, 2, 8 * array.offset)
+    return pa.ipc.open_stream(values.slice(int(start), int(stop - start))).read_all()
 
 
 def _quiet() -> None:

@@ -60,7 +60,7 @@ def score(
         progress.at(progress.done, text)
 
     work = ledger.todo(share.rows_per_task)
-    for unit, result in stream(work, config.data, config.storage, share, Scorer, actor_args, extend, say=say):
+    for unit, result in stream(work, config.data, config.storage, share, Scorer, actor_args, extend, say=say, notes=out / "loading"):
         rejected = rejects.of(result)
         facts = busy.add(result)
         ledger.add(unit, result.replace_schema_metadata(None), rejected, facts["device"])

@@ -167,7 +167,8 @@ def class_map(names: Sequence[str], counts: Sequence[int], known: Facts, file: s
     """The teacher's class of every label of the data.
 
     By the file if one is given; else label by label where both count the same and no name speaks against it (WordNet
-    ids stand for ImageNet's order); else by name, synonyms split at commas.
+    ids stand for ImageNet's order, and a few names that belong to no other class are other spellings: lists of
+    ImageNet's classes differ in them); else by name, synonyms split at commas.
 
     Args:
         names: of the data's labels. counts: images of each label; labels without images need no class.
@@ -180,7 +181,19 @@ def class_map(names: Sequence[str], counts: Sequence[int], known: Facts, file: s
     if file:
         return _from_file(file, len(names), known)
     named = any(names) and any(theirs)
-    agree = all(not a or not b or _synonyms(a) & _synonyms(b) for a, b in zip(names, theirs, strict=False))
+    by_name: dict[str, set[int]] = {}
+    by_whole_name: dict[str, set[int]] = {}
+    for number, name in enumerate(theirs):
+        by_whole_name.setdefault(_plain(name), set()).add(number)
+        for word in _synonyms(name):
+            by_name.setdefault(word, set()).add(number)
+    # The whole name decides first: 'crane' is two of ImageNet's classes, 'crane, bird' is none.
+    all_matches = [
+        (by_whole_name.get(_plain(name)) or set().union(*(by_name.get(word, set()) for word in _synonyms(name)), set())) if name else set()
+        for name in names
+    ]
+    apart = [label for label, (a, b) in enumerate(zip(names, theirs, strict=False)) if a and b and not _synonyms(a) & _synonyms(b)]
+    agree = len(apart) <= 0.05 * len(names) and not any(all_matches[label] for label in apart)
     ids, other_ids = (len(side) == 1000 and all(_WORDNET_ID.fullmatch(name) for name in side) for side in (names, theirs))
     wordnet = ids and not other_ids and list(names) == sorted(names)  # ids on both sides are names as others are
     if len(names) == known.num_classes and (not named or agree or wordnet):
@@ -190,17 +203,8 @@ def class_map(names: Sequence[str], counts: Sequence[int], known: Facts, file: s
         raise UserError(
             f"teacher.checkpoint knows {known.num_classes} classes; the data has {len(names)}, and without names on both sides they cannot be matched. {how}"
         )
-    by_name: dict[str, set[int]] = {}
-    by_whole_name: dict[str, set[int]] = {}
-    for number, name in enumerate(theirs):
-        by_whole_name.setdefault(_plain(name), set()).add(number)
-        for word in _synonyms(name):
-            by_name.setdefault(word, set()).add(number)
     found, problems = [], []
-    for label, name in enumerate(names):
-        # The whole name decides first: 'crane' is two of ImageNet's classes, 'crane, bird' is none.
-        exact = by_whole_name.get(_plain(name), set()) if name else set()
-        matches = exact or set().union(*(by_name.get(word, set()) for word in _synonyms(name)), set())
+    for label, (name, matches) in enumerate(zip(names, all_matches, strict=True)):
         if not counts[label]:
             found.append(min(matches) if len(matches) == 1 else 0)
         elif len(matches) == 1:
