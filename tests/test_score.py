@@ -9,7 +9,9 @@ import signal
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -450,7 +452,8 @@ def nodes(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     folder = tempfile.mkdtemp(prefix="d2c-", dir="/tmp")
 
     def make(*cpus: int) -> Cluster:
-        options = {"include_dashboard": False, "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4}}
+        quick = {"health_check_period_ms": 500, "health_check_failure_threshold": 4, "metrics_report_interval_ms": 200}
+        options = {"include_dashboard": False, "_system_config": quick}
         running = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0], "temp_dir": folder, **options})
         made.append(running)
         for count in cpus[1:]:
@@ -481,8 +484,21 @@ def test_a_node_killed_without_grace_and_replaced_costs_nothing(configured, node
     check(folder, expected(configured()))
 
 
-def test_a_pool_without_room_says_so_and_goes_on_with_a_node_that_comes(configured, nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+def ray_metrics(name: str) -> list[float]:
+    """The values of a metric as every node exports them to Prometheus."""
+    values = []
+    for node in ray.nodes():
+        with suppress(OSError), urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as page:
+            lines = page.read().decode().splitlines()
+            values += [float(line.rsplit(" ", 1)[1]) for line in lines if re.match(rf"(ray_)?{name}(_total)?[ {{]", line)]
+    return values
+
+
+def test_a_pool_without_room_says_so_goes_on_with_a_node_that_comes_and_exports_its_numbers(
+    configured, nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = nodes(1)
+    monkeypatch.setattr(scoring, "Scorer", marked(tmp_path / "actors", 0.5))
     said: list[str] = []
     at = Progress.at
     monkeypatch.setattr(Progress, "at", lambda self, done, note="": (said.append(note), at(self, done, note))[1])
@@ -492,6 +508,10 @@ def test_a_pool_without_room_says_so_and_goes_on_with_a_node_that_comes(configur
     until(lambda: any("waiting for capacity" in text for text in said))
     assert "waiting for capacity: 1 actors of 1 CPU leave no CPU to decode on" in said
     running.add_node(num_cpus=1)
+    until(lambda: max(ray_metrics("d2c_scored_images"), default=0) >= 32)
+    (images,), (busy,) = ray_metrics("d2c_scored_images"), ray_metrics("d2c_actor_busy_share")
+    assert 32 <= images <= 240 and images % 16 == 0
+    assert 0 < busy < 0.9, "it rests half a second before every unit"
     folder = result(120)
     assert isinstance(folder, StageDir)
     check(folder, expected(configured()))
@@ -503,20 +523,15 @@ def test_a_driver_killed_while_it_scores_loses_what_had_not_come_back(configured
         "score", str(DEBUG), f"run.dir={tmp_path}", f"teacher.checkpoint={teacher}", "data.limit_per_class=24", "data.rows_per_shard=64",
         "score.device_batch=16", "resources.rows_per_task=1", "resources.actors=1",
     )  # fmt: skip
-    kept: dict[Path, int] = {}
-    for condition in (
-        lambda: len(ledger_files(tmp_path / "debug")) >= 3,
-        lambda: len(ledger_files(tmp_path / "debug", "part-*.parquet")) >= 2,
-    ):
-        process = start(*args)
-        wait_for(condition, process)
-        kill(process)
-        assert not ledger_files(tmp_path / "debug", "_SUCCESS.json"), "it was over before it was killed"
-        parts = ledger_files(tmp_path / "debug", "part-*.parquet")
-        kept |= {path: path.stat().st_mtime_ns for path in parts}
-        # A set: killed between a part and the removal of its runs, the disk holds rows twice, and the next run drops the runs.
-        there = {row for path in [*parts, *ledger_files(tmp_path / "debug")] for row in tables.read(path).column("sample_id").to_pylist()}
-        assert 0 < len(there) < 240
+    process = start(*args)
+    wait_for(lambda: ledger_files(tmp_path / "debug", "part-*.parquet") and len(ledger_files(tmp_path / "debug")) >= 3, process)
+    kill(process)
+    assert not ledger_files(tmp_path / "debug", "_SUCCESS.json"), "it was over before it was killed"
+    parts = ledger_files(tmp_path / "debug", "part-*.parquet")
+    kept = {path: path.stat().st_mtime_ns for path in parts}
+    # A set: killed between a part and the removal of its runs, the disk holds rows twice, and the next run drops the runs.
+    there = {row for path in [*parts, *ledger_files(tmp_path / "debug")] for row in tables.read(path).column("sample_id").to_pylist()}
+    assert 0 < len(there) < 240
     asked: list[int] = []
     in_full = ingest.stream
 
