@@ -521,7 +521,9 @@ PEOPLE = [f"person {number}" for number in range(1000)]
         pytest.param(["dog", "cat", "owl"], ["owl", "dog", "cat"], [1, 2, 0], id="permuted"),
         pytest.param(["0", "1"], ["1", "0", "2"], [1, 0], id="digits are names"),
         pytest.param(["dog, "], ["cat, ", "dog", "owl"], [1], id="nothing after a comma is no name"),
-        pytest.param(PEOPLE[:38] + ["laptop computer", "sunglass"], [*PEOPLE[:38], "laptop", "shades"], list(range(40)), id="other spellings"),
+        pytest.param(
+            PEOPLE[:38] + ["laptop computer", "sunglass"], [*PEOPLE[:38], "laptop", "shades"], list(range(40)), id="other spellings"
+        ),
         pytest.param(WORDNET, PEOPLE, list(range(1000)), id="WordNet ids"),
         pytest.param(WORDNET, WORDNET[::-1], list(range(1000))[::-1], id="WordNet ids on both sides"),
     ],
@@ -545,7 +547,9 @@ def test_classes_are_matched(names: list[str], theirs: list[str], wanted: list[i
         ),
         pytest.param(WORDNET[::-1], PEOPLE, r"do not fit the data's \(1000\): label 0 'n01441763' is none", id="WordNet ids out of order"),
         pytest.param(WORDNET[:999], PEOPLE, r"do not fit the data's \(999\)", id="too few WordNet ids"),
-        pytest.param([*PEOPLE[:37], "x", "y", "z"], PEOPLE[:40], r"label 37 'x' is none of them.*label 39 'z'", id="too many other spellings"),
+        pytest.param(
+            [*PEOPLE[:37], "x", "y", "z"], PEOPLE[:40], r"label 37 'x' is none of them.*label 39 'z'", id="too many other spellings"
+        ),
         pytest.param([*PEOPLE[:38], "x", "person 38"], PEOPLE[:40], "label 38 'x' is none of them", id="moved, not spelt otherwise"),
         pytest.param(["dog", "bat", "owl"], ["owl", "dog", "cat"], "label 1 'bat' is none of them .near: cat.", id="the same count"),
     ],
