@@ -113,12 +113,14 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    selector: str = "interval"  # interval | random | easiest | hardest
+    selector: str = "interval"  # interval | random | easiest | hardest | medium | stratified
     budget: float = 0.008  # images; up to 1: share of the dataset
     balance: str = "equal"  # equal | proportional images a class
     k: int = 0  # interval: every k-th rank
     f: float = 0.0  # interval: share of each class, from the easiest, that is sampled evenly; k or f, neither: 0.75
-    seed: int = 0  # random
+    strata: int = 50  # stratified: ranges of equal score width a class
+    cutoff: float = 0.0  # stratified: share of each class, the hardest, that is left out
+    seed: int = 0  # random, stratified
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ class ResourcesConfig:
     autoscaling: bool = False  # the cluster adds nodes on demand: wait for actors that do not fit yet, and say so
     gpus_per_actor: float = -1.0  # -1: one where the cluster has GPUs
     rows_per_task: int = 256  # images a decode task
+    rows_per_partition: int = 10_000_000  # scores ranked at once; with more than that, select runs on Ray
     train_workers: int = 1  # a training
     teacher_workers: int = 1
     threads: int = 1  # of torch, a process
@@ -223,7 +226,7 @@ CHOICES = {
     "train.precision": ("fp32", "bf16"),
     "teacher.train.precision": ("fp32", "bf16"),
     "score.precision": ("fp32", "bf16", "fp16"),
-    "select.selector": ("interval", "random", "easiest", "hardest"),
+    "select.selector": ("interval", "random", "easiest", "hardest", "medium", "stratified"),
     "select.balance": ("equal", "proportional"),
     "attach.text.encoder": ("none", "minilm"),
     "attach.vision.encoder": ("none", "efficientnet-lite0"),
@@ -242,13 +245,13 @@ MINIMUM = {
     "train.num_images": 1, "train.batch_size": 1, "train.log_every": 1, "train.checkpoint_every": 1,
     "train.keep_checkpoints": 1, "teacher.train.num_images": 1, "teacher.train.batch_size": 1,
     "teacher.train.log_every": 1, "teacher.train.checkpoint_every": 1, "teacher.train.keep_checkpoints": 1,
-    "score.num_timesteps": 1, "score.device_batch": 1, "select.k": 0, "attach.text.tokens": 1,
+    "score.num_timesteps": 1, "score.device_batch": 1, "select.k": 0, "select.strata": 1, "attach.text.tokens": 1,
     "attach.vision.image_size": 32, "attach.vision.device_batch": 1, "attach.rows_per_part": 1,
     "sample.num_images": 1, "sample.steps": 1, "sample.device_batch": 1, "evaluate.image_size": 32,
     "evaluate.neighbours": 1, "evaluate.max_reference": 0, "evaluate.device_batch": 1,
     "report.classes": 1, "report.images_per_class": 1, "resources.rows_per_task": 1, "resources.train_workers": 1,
     "resources.teacher_workers": 1, "resources.threads": 1, "resources.actors": 0, "resources.num_cpus": 0,
-    "resources.min_actors": 0, "storage.attempts": 1,
+    "resources.min_actors": 0, "resources.rows_per_partition": 1, "storage.attempts": 1,
 }  # fmt: skip
 
 
@@ -390,6 +393,8 @@ def check(config: Config) -> None:
             raise UserError(f"select.k={select.k} and select.f={select.f}: the interval selector takes one of the two, k=96 or f=0.75.")
         if not 0.0 <= select.f <= 1.0:
             raise UserError(f"select.f={select.f} is the share of each class that is sampled evenly; above 0 and up to 1 would do.")
+    if not 0.0 <= select.cutoff < 1.0:
+        raise UserError(f"select.cutoff={select.cutoff} is the share of each class, the hardest, that is left out; 0 to below 1 would do.")
     for where, model in (("model", config.model), ("teacher.model", config.teacher.model)):
         depth, width, heads = model_shape(model)
         if width % heads or (width // heads) % 2:

@@ -45,7 +45,8 @@ def _run(plan: Plan, upto: str, say: Say) -> Plan:
     plans.check_against_data(plan, manifest.dir.success()["facts"])
     wanted = [node for node in plan.nodes if node is not manifest and _needed(node.stage, upto)]
     slots = 1
-    on_ray = any(node.stage in ON_RAY and not node.dir.done for node in wanted)
+    rows = manifest.dir.success()["facts"]["rows"]
+    on_ray = any(_on_ray(node, rows) and not node.dir.done for node in wanted)
     try:
         if on_ray:
             say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
@@ -60,6 +61,11 @@ def _run(plan: Plan, upto: str, say: Say) -> Plan:
         report.run(plan)
     status.write()
     return plan
+
+
+def _on_ray(node: Node, rows: int) -> bool:
+    """Whether a stage needs Ray; select does only with more rows than it ranks at once."""
+    return node.stage in ON_RAY or (node.stage == "select" and rows > node.config.resources.rows_per_partition)
 
 
 def _needed(stage: str, upto: str) -> bool:

@@ -22,7 +22,7 @@ from d2c_ray.selection import rank
 from d2c_ray.training.batches import BLOCK
 
 # In the order they run. Raise a stage's number when the same configuration starts to give another result.
-VERSIONS = {"manifest": 1, "teacher": 1, "score": 1, "select": 1, "attach": 1, "train": 1, "sample": 1, "reference": 1, "evaluate": 1}
+VERSIONS = {"manifest": 1, "teacher": 1, "score": 1, "select": 2, "attach": 1, "train": 1, "sample": 1, "reference": 1, "evaluate": 1}
 FOLDERS = {"score": "scores", "select": "selection", "attach": "condensed", "sample": "samples", "evaluate": "eval"}
 TRAIN_KNOBS = ("log_every", "checkpoint_every", "keep_checkpoints")
 

@@ -41,6 +41,18 @@ SELECTION = {
     "position": "int32",  # order of choice in its class
 }
 
+SELECTION_CLASSES = {
+    "label": "int32",
+    "name": "string",
+    "size": "int64",
+    "quota": "int64",
+    "shortfall": "int64",  # images fewer than its equal or proportional share, for want of more
+    "nominal_f": "float64",  # interval alone: share of the class, from the easiest, that is sampled evenly
+    "deepest_rank": "float64",  # of the chosen, as a share of the class
+    "score_min": "float32",  # of the chosen
+    "score_max": "float32",
+}
+
 CONDENSED = {
     "sample_id": "int64",
     "key": "string",

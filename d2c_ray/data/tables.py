@@ -18,6 +18,7 @@ _TYPES = {
     "int32": pa.int32(),
     "int64": pa.int64(),
     "float32": pa.float32(),
+    "float64": pa.float64(),
 }
 METADATA = b"d2c"
 

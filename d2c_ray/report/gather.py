@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from d2c_ray.config import get
-from d2c_ray.data import tables, units
+from d2c_ray.data import score_parts, tables, units
 from d2c_ray.data.decode import decode
 from d2c_ray.plan import Node, Plan
 from d2c_ray.selection.baselines import NEEDS_SCORES
@@ -59,6 +59,12 @@ def arms(plan: Plan) -> list[Arm]:
 def read_curve(path: Path) -> list[dict[str, Any]]:
     """The metrics of a training, a dictionary a line."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+
+
+def selection_classes(node: Node, most: int) -> tuple[int, list[dict[str, Any]]]:
+    """How many classes a selection has, and the first of its table of classes."""
+    table = tables.read(node.folder / score_parts.CLASSES)
+    return len(table), table.slice(0, most).to_pylist()
 
 
 def scores(plan: Plan) -> pa.Table:

@@ -9,12 +9,14 @@ import numpy as np
 import pyarrow as pa
 
 from d2c_ray.config import to_dict
+from d2c_ray.data import score_parts
 from d2c_ray.plan import Plan
 from d2c_ray.progress import clock
 from d2c_ray.report import contact_sheet, gather, plots
 from d2c_ray.rundir import versions, write_text
 
 VERSION = 1  # raise it when the page changes
+MOST_CLASSES = 1000  # of a selection's table that the page shows
 FEW_SAMPLES = 10_000  # below this a Fréchet distance is dominated by its own bias
 
 
@@ -66,18 +68,23 @@ def context(plan: Plan) -> dict[str, Any]:
         "gallery": gallery_rows(plan, arms, classes, table),
         "score": scored["facts"],
         "rejected": scored["rows_rejected"],
-        "subsets": [
-            {
-                "arm": arm, "images": len(arm.chosen), "share": arm.nodes["select"].dir.success()["facts"]["share"],
-                "bytes": arm.nodes["attach"].dir.success()["facts"]["bytes"], "classes": arm.nodes["select"].dir.success()["facts"]["classes"],
-                "facts": arm.nodes["attach"].dir.success()["facts"], "folder": arm.nodes["attach"].name,
-            }
-            for arm in arms
-        ],
+        "subsets": [subset(arm) for arm in arms],
         "versions": versions(),
         "nodes": plan.nodes,
         "clock": clock,
         "colours": plots.COLOURS,
+    }  # fmt: skip
+
+
+def subset(arm: gather.Arm) -> dict[str, Any]:
+    """What is said of an arm's condensed dataset."""
+    selected, attached = arm.nodes["select"], arm.nodes["attach"]
+    count, classes = gather.selection_classes(selected, MOST_CLASSES)
+    facts = attached.dir.success()["facts"]
+    return {
+        "arm": arm, "images": len(arm.chosen), "share": selected.dir.success()["facts"]["share"], "bytes": facts["bytes"],
+        "classes": classes, "more_classes": count - len(classes), "table": f"{selected.name}/{score_parts.CLASSES}",
+        "facts": facts, "folder": attached.name,
     }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What the commands print when they are done."""
 
+from d2c_ray.data import score_parts
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
 from d2c_ray.report import gather, html
@@ -41,10 +42,10 @@ def print_selection(node: Node) -> None:
     from rich.table import Table
 
     table = Table()
-    for name in ("class", "images", "chosen", "nominal f", "deepest rank", "score from", "to"):
+    for name in ("class", "images", "chosen", "nominal f", "deepest rank", "score from", "to", "short by"):
         table.add_column(name, justify="left" if name == "class" else "right")
-    rows = node.dir.success()["facts"]["classes"]
-    for row in rows[:40]:
+    count, rows = gather.selection_classes(node, 40)
+    for row in rows:
         table.add_row(
             row["name"] or str(row["label"]),
             str(row["size"]),
@@ -53,10 +54,11 @@ def print_selection(node: Node) -> None:
             _number(row["deepest_rank"], 3),
             _number(row["score_min"], 4),
             _number(row["score_max"], 4),
+            str(row["shortfall"] or "-"),
         )
     Console(width=None if Console().is_terminal else 120).print(table)
-    if len(rows) > 40:
-        print(f"... and {len(rows) - 40} more classes, in {node.folder}/_SUCCESS.json")
+    if count > len(rows):
+        print(f"... and {count - len(rows)} more classes, in {node.folder / score_parts.CLASSES}")
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,53 +1,104 @@
 """select: the images of the subset, from scores and a budget."""
 
+from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from d2c_ray import schema
-from d2c_ray.config import DEFAULT_F
-from d2c_ray.data import tables
+from d2c_ray.config import SelectConfig
+from d2c_ray.data import score_parts, tables
+from d2c_ray.errors import UserError
 from d2c_ray.job import Job, Result
 from d2c_ray.selection import rank
-from d2c_ray.selection.baselines import SELECTORS
-from d2c_ray.selection.interval import nominal_fraction
+from d2c_ray.selection.baselines import SELECTORS, nominal
 
 
 def run(job: Job) -> Result:
-    options, names = job.config.select, job.facts("manifest")["class_names"]
-    table = tables.read(job.inputs["score"].parts(), ["sample_id", "key", "label", "score"])
-    ids, labels, scores = (table.column(name).to_numpy() for name in ("sample_id", "label", "score"))
-    sizes = np.bincount(np.maximum(labels, 0), minlength=len(names))
-    budget = rank.budget_images(options.budget, len(table))
-    quotas = rank.quotas(sizes, budget, options.balance)
-    select = SELECTORS[options.selector]
-    chosen, ranks, positions, class_sizes, by_class = [], [], [], [], []
-    for label, rows, members in rank.by_class(labels, ids, scores):
-        quota = int(quotas[max(label, 0)])
-        taken = np.asarray(select(members, quota, options), np.int64)
-        assert len(np.unique(taken)) == quota, "a selector gave duplicates or missed its quota"
-        chosen.append(rows[taken])
-        ranks.append(taken)
-        positions.append(np.arange(quota))
-        class_sizes.append(np.full(quota, len(members)))
-        sorted_ranks = np.sort(taken)
-        by_class.append(
-            {
-                "label": label, "name": names[max(label, 0)], "size": len(members), "quota": quota,
-                "nominal_f": nominal_fraction(sorted_ranks, len(members), 0.0 if options.k else options.f or DEFAULT_F) if options.selector == "interval" else None,
-                "deepest_rank": float(sorted_ranks[-1] / len(members)) if quota else None,
-                "score_min": float(members.scores[taken].min()) if quota else None, "score_max": float(members.scores[taken].max()) if quota else None,
-            }
-        )  # fmt: skip
-    rows = np.concatenate(chosen)
-    order = np.argsort(ids[rows])
-    found = table.take(pa.array(rows[order]))
-    for name, values in (("rank", ranks), ("class_size", class_sizes), ("position", positions)):
-        found = found.append_column(name, pa.array(np.concatenate(values)[order]))
-    fields = tables.arrow_schema(schema.SELECTION)
-    metadata = {**asdict(options), "images": budget, "scores": job.inputs["score"].path.name}
-    with job.progress(budget) as progress:
-        tables.write(job.out / "part-00000.parquet", found.select(fields.names).cast(fields), metadata)
-        progress.advance(budget)
-    return Result(len(table), len(table), 0, {**metadata, "share": budget / len(table), "classes": by_class})
+    options, data, resources = job.config.select, job.facts("manifest"), job.config.resources
+    scores = job.inputs["score"]
+    for stale in job.out.glob("*.parquet"):  # of an attempt that was cut off
+        stale.unlink()
+    with job.progress(scores.success()["rows_done"]) as progress:
+
+        def say(text: str) -> None:
+            progress.at(progress.done, text)
+
+        many = resources.rows_per_partition if data["rows"] > resources.rows_per_partition else 0
+        rows, facts = select(
+            scores.parts(), data["class_names"], options, job.out, scores.path.name, many, job.config.data.rows_per_shard, say
+        )
+        progress.at(rows)
+    return Result(rows, rows, 0, facts)
+
+
+def select(
+    parts: list[Path],
+    names: list[str],
+    options: SelectConfig,
+    out: Path,
+    scores: str = "",
+    rows_per_partition: int = 0,
+    rows_per_part: int = 1,
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[int, dict[str, Any]]:
+    """Chooses rows of score parts and writes them with the table of classes; gives the number of rows and the facts.
+
+    Args:
+        names: of the classes, by label.
+        scores: name of the score table, for the record.
+        rows_per_partition: rows ranked at once, in tasks on Ray, which must be connected; 0: all of them, here.
+        rows_per_part: the most a score part holds.
+
+    Raises:
+        UserError: scores that are not finite, or a budget that does not fit.
+    """
+    source: Any
+    if rows_per_partition:
+        from d2c_ray.distributed.rank import OnRay
+
+        source = OnRay.of(parts, len(names), rows_per_partition, rows_per_part, say)
+    else:
+        source = score_parts.InMemory.of(parts, len(names))
+    total = int(source.sizes.sum())
+    _check_finite(source, total)
+    budget = rank.budget_images(options.budget, total)
+    wanted = rank.shares(source.sizes, budget, options.balance)
+    classes = rank.Classes(source.sizes, rank.quotas(source.sizes, budget, options.balance))
+    choice = _choose(source, classes, options)
+    metadata = {**asdict(options), "images": budget, "scores": scores}
+    found = source.lookup(np.sort(choice.sample_id))
+    label, deepest, low, high = score_parts.write_selection(out, choice, classes, found, metadata)
+    shortfall, fraction = np.maximum(wanted - classes.sizes, 0), nominal(classes, options)
+    giving = np.flatnonzero(classes.quotas)
+    columns = {
+        "label": label, "name": np.asarray(names, object), "size": classes.sizes, "quota": classes.quotas, "shortfall": shortfall,
+        "deepest_rank": deepest / np.maximum(classes.sizes, 1), "score_min": low, "score_max": high,
+    }  # fmt: skip
+    arrays = {name: pa.array(values[giving]) for name, values in columns.items()}
+    arrays["nominal_f"] = pa.array(fraction[giving]) if fraction is not None else pa.nulls(len(giving))
+    fields = tables.arrow_schema(schema.SELECTION_CLASSES)
+    tables.write(out / score_parts.CLASSES, pa.table(arrays).select(fields.names).cast(fields), metadata)
+    return total, {**metadata, "share": budget / total, "num_classes": len(giving), "shortfall": int(shortfall.sum())}
+
+
+def _check_finite(source: Any, total: int) -> None:
+    count, first = source.not_finite()
+    if count:
+        keys = [key for table in source.lookup(first) for key in table.column("key").to_pylist()]
+        raise UserError(
+            f"{count} of {total} scores are not finite, the first of {', '.join(keys)}: the teacher gives no number for them. Score again with another teacher or in fp32."
+        )
+
+
+def _choose(source: Any, classes: rank.Classes, options: SelectConfig) -> rank.Choice:
+    """The partitions are let go of when this returns."""
+    spans, each = source.partitions()
+    choice = SELECTORS[options.selector](classes, spans, each, options)
+    met = np.array_equal(np.bincount(choice.label, minlength=len(classes.quotas)), classes.quotas)
+    if not met or (np.diff(np.sort(choice.sample_id)) == 0).any():
+        raise RuntimeError("the selector gave an image twice or missed a quota")
+    return choice
