@@ -12,52 +12,67 @@ import pyarrow.parquet as pq
 
 from d2c_ray import schema
 from d2c_ray.data import tables
-from d2c_ray.selection.rank import Choice, Classes, Partition, Span, not_finite, ordered
+from d2c_ray.selection.rank import Choice, Classes, Partition, Span, as_classes, joined, not_finite, ordered
 
 CLASSES = "classes.parquet"
-THREADS = 4  # that read parts; most of it is decompression, which holds no lock
+THREADS = 2  # that read parts; most of it is decompression, which holds no lock
+PARTS_A_CALL = 8
 ROWS_PER_PART = 1_000_000  # of the selection
 
 
-def read(paths: list[Path], threads: int = THREADS) -> Partition:
-    """Label, sample_id and score of score parts, one after another."""
-    with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(_columns, paths))
-    label, sample_id, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return Partition(np.maximum(label, 0), sample_id, score)
+def read(paths: list[Path], threads: int = THREADS) -> list[Partition]:
+    """Label (-1 for none), sample_id and score of score parts, each by itself."""
+    return [part for some in _on_threads(lambda some: [_columns(path) for path in some], paths, threads) for part in some]
 
 
-def _columns(path: Path) -> list[np.ndarray]:
+def _columns(path: Path) -> Partition:
     # Many small files: read_table would look at each as at a data set of many.
     table = pq.ParquetFile(path).read(columns=["label", "sample_id", "score"], use_threads=False)
-    return [table.column(name).to_numpy() for name in ("label", "sample_id", "score")]
+    label, sample_id, score = (table.column(name).to_numpy() for name in ("label", "sample_id", "score"))
+    return Partition(label, sample_id, score)
 
 
-def lookup(paths: list[Path], sample_ids: np.ndarray, threads: int = THREADS) -> Iterator[pa.Table]:
-    """sample_id, key, label and score of the images asked for, a table a part.
+def lookup(paths: list[Path], there: list[Partition], sample_ids: np.ndarray, threads: int = THREADS) -> Iterator[pa.Table]:
+    """sample_id, key, label and score of the images asked for, some parts' at a time.
 
     Args:
         paths: score parts in order; sample_ids ascend over all of them.
+        there: what `read` gave for each.
         sample_ids: ascending.
     """
+
+    def call(some: list[tuple[Path, Partition]]) -> list[pa.Table]:
+        return [_rows(path, part, sample_ids) for path, part in some]
+
+    for found in _on_threads(call, list(zip(paths, there, strict=True)), threads):
+        yield pa.concat_tables(found)
+
+
+def _on_threads(function: Callable[[list[Any]], list[Any]], parts: list[Any], threads: int) -> Iterator[list[Any]]:
+    """Calls `function` on a few parts at a time: a call a part would cost more than the threads save."""
     with ThreadPoolExecutor(threads) as pool:
-        for table in pool.map(lambda path: _rows(path, sample_ids), paths):
-            if len(table):
-                yield table
+        yield from pool.map(function, [parts[start : start + PARTS_A_CALL] for start in range(0, len(parts), PARTS_A_CALL)])
 
 
-def _rows(path: Path, sample_ids: np.ndarray) -> pa.Table:
-    """Of the other columns, row groups that hold none of the images are not read."""
-    columns = ["sample_id", "key", "label", "score"]
+def _rows(path: Path, there: Partition, sample_ids: np.ndarray) -> pa.Table:
+    ids = there.sample_id
+    wanted = sample_ids[slice(*np.searchsorted(sample_ids, (ids[0], ids[-1] + 1)))] if len(ids) else ids
+    rows = np.searchsorted(ids, wanted)
+    found = there.take(rows)
+    columns = {"sample_id": found.sample_id, "key": _keys(path, rows), "label": found.label, "score": found.score}
+    return pa.table(columns)
+
+
+def _keys(path: Path, rows: np.ndarray) -> pa.ChunkedArray:
+    """The keys of some rows; row groups that hold none of them are not read."""
+    if not len(rows):
+        return pa.chunked_array([], pa.string())
     file = pq.ParquetFile(path)
-    there = file.read(columns=columns[:1], use_threads=False).column(0).to_numpy()
-    wanted = sample_ids[slice(*np.searchsorted(sample_ids, (there[0], there[-1] + 1)))] if len(there) else there
-    rows = np.searchsorted(there, wanted)
     sizes = np.asarray([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)], np.int64)
     groups, mine = np.unique(np.searchsorted(np.cumsum(sizes), rows, side="right"), return_inverse=True)
     skipped = (np.cumsum(sizes) - sizes)[groups] - (np.cumsum(sizes[groups]) - sizes[groups])
-    table = file.read_row_groups(groups.tolist(), columns=columns, use_threads=False).select(columns)
-    return table.replace_schema_metadata(None).take(pa.array(rows - skipped[mine]))
+    table = file.read_row_groups(groups.tolist(), columns=["key"], use_threads=False)
+    return table.column("key").take(pa.array(rows - skipped[mine]))
 
 
 @dataclass(frozen=True)
@@ -66,12 +81,15 @@ class InMemory:
 
     paths: list[Path]
     part: Partition
+    ends: np.ndarray  # of each part's rows
     sizes: np.ndarray  # images by label
 
     @classmethod
     def of(cls, paths: list[Path], num_classes: int) -> "InMemory":
-        part = read(paths)
-        return cls(paths, part, np.bincount(part.label, minlength=num_classes))
+        parts = read(paths)
+        part = joined(parts)
+        sizes = np.bincount(as_classes(part).label, minlength=num_classes)
+        return cls(paths, part, np.cumsum([len(some) for some in parts]), sizes)
 
     def not_finite(self) -> tuple[int, np.ndarray]:
         """How many scores are no finite number, and the first sample_ids."""
@@ -79,12 +97,13 @@ class InMemory:
 
     def partitions(self) -> tuple[list[Span], Callable[..., list[Any]]]:
         """What the sorted partitions hold, and how to call a function on each."""
-        part = ordered(self.part)
+        part = ordered(as_classes(self.part))
         return [Span(0, len(self.sizes), 0, len(part))], lambda function, arguments: [function(part, *arguments[0])]
 
     def lookup(self, sample_ids: np.ndarray) -> Iterator[pa.Table]:
         """sample_id, key, label and score of images by ascending sample_id, some at a time."""
-        return lookup(self.paths, sample_ids)
+        there = [self.part.take(slice(start, stop)) for start, stop in zip([0, *self.ends], self.ends, strict=False)]
+        return lookup(self.paths, there, sample_ids)
 
 
 def write_selection(

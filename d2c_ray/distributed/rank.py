@@ -106,7 +106,7 @@ class OnRay:
                 samples[label].append(some)
         borders = {}
         for label, pieces in large.items():
-            merged = rank.ordered(_concatenate(samples[label]))
+            merged = rank.ordered(rank.joined(samples[label]))
             at = np.arange(1, pieces) * len(merged) // pieces
             borders[label] = (rank.score_key(merged.score[at]), merged.sample_id[at])
         return borders
@@ -116,8 +116,7 @@ class OnRay:
         shared = ray.put(sample_ids)
         for index, table in enumerate(_in_order(_lookup, [(group, shared) for group in self.groups])):
             self.say(f"read the keys of {index + 1} of {len(self.groups)} groups")
-            if table is not None:
-                yield table
+            yield table
 
 
 def _in_order(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> Iterator[Any]:
@@ -138,18 +137,18 @@ def _window(submit: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> Ite
 
 
 def _count(paths: list[Path], num_classes: int) -> tuple[np.ndarray, int, np.ndarray]:
-    rows = score_parts.read(paths, 1)
+    rows = _read(paths)
     return np.bincount(rows.label, minlength=num_classes), *rank.not_finite(rows)
 
 
 def _sample(paths: list[Path], labels: list[int], every: int) -> dict[int, Partition]:
-    rows = score_parts.read(paths, 1)
+    rows = _read(paths)
     return {label: rank.ordered(rows.take(np.flatnonzero(rows.label == label))).take(slice(None, None, every)) for label in labels}
 
 
 def _split(paths: list[Path], home: np.ndarray, borders: dict[int, tuple[np.ndarray, np.ndarray]], count: int) -> tuple[Any, ...]:
     """How many rows each partition gets, and they. home: the first partition of each label."""
-    rows = score_parts.read(paths, 1)
+    rows = _read(paths)
     target = home[rows.label]
     for label, (keys, ids) in borders.items():
         mine = np.flatnonzero(rows.label == label)
@@ -160,17 +159,16 @@ def _split(paths: list[Path], home: np.ndarray, borders: dict[int, tuple[np.ndar
 
 
 def _sort(*pieces: Partition) -> tuple[Partition, int]:
-    return rank.ordered(_concatenate(list(pieces))), 0
+    return rank.ordered(rank.joined(list(pieces))), 0
 
 
-def _concatenate(parts: list[Partition]) -> Partition:
-    return Partition(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("label", "sample_id", "score")))
+def _read(paths: list[Path]) -> Partition:
+    return rank.as_classes(rank.joined(score_parts.read(paths, 1)))
 
 
 def _call(function: Callable[..., Any], part: Partition, *arguments: Any) -> Any:
     return function(part, *arguments)
 
 
-def _lookup(paths: list[Path], sample_ids: np.ndarray) -> pa.Table | None:
-    found = list(score_parts.lookup(paths, sample_ids, 1))
-    return pa.concat_tables(found) if found else None
+def _lookup(paths: list[Path], sample_ids: np.ndarray) -> pa.Table:
+    return pa.concat_tables(score_parts.lookup(paths, score_parts.read(paths, 1), sample_ids, 1))

@@ -79,7 +79,7 @@ def _in_rounds(room: np.ndarray, count: int) -> np.ndarray:
 class Partition:
     """Rows of whole classes, or of a part of one class that no other partition's scores reach into."""
 
-    label: np.ndarray  # int32, N; no label counts as 0
+    label: np.ndarray  # int32, N
     sample_id: np.ndarray  # int64, N
     score: np.ndarray  # float32, N
 
@@ -88,6 +88,16 @@ class Partition:
 
     def take(self, rows: Any) -> "Partition":
         return Partition(self.label[rows], self.sample_id[rows], self.score[rows])
+
+
+def joined(parts: list[Partition]) -> Partition:
+    """The rows of several partitions as one."""
+    return Partition(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("label", "sample_id", "score")))
+
+
+def as_classes(rows: Partition) -> Partition:
+    """The rows with 0, the only class there is without labels, in place of -1."""
+    return Partition(np.maximum(rows.label, 0), rows.sample_id, rows.score)
 
 
 @dataclass(frozen=True)
@@ -136,30 +146,64 @@ def score_key(score: np.ndarray) -> np.ndarray:
 def order(major: np.ndarray, minor: np.ndarray) -> np.ndarray:
     """The rows sorted by (major uint64, minor): np.lexsort((minor, major)) where no pair comes twice, in a fraction of its time.
 
-    NumPy's unstable sort is its fast one; the runs of equal `major` are sorted again, packed into one number too.
+    NumPy sorts numbers faster than it finds their order, so that `major` is sorted with each row's place in its lowest
+    bits where there is room for it. Runs of equal `major` are then sorted again by `minor`, if they are not already.
     """
-    rows = np.argsort(major)
-    found = major[rows]
+    if not len(major):
+        return np.zeros(0, np.int64)
+    rows, found = _sorted(major)
     same = found[1:] == found[:-1]
     del found
     if not same.any():
         return rows
     tied = np.append(same, False)
     tied[1:] |= same
-    runs = np.cumsum(~np.append(False, same)[tied]).astype(np.uint64)
-    within = minor[rows[tied]]
+    places = np.flatnonzero(tied)
+    within = minor[rows[places]]
+    first = ~np.append(False, same)[places]  # of its run
+    if (within[1:] > within[:-1])[~first[1:]].all():
+        return rows
     within = (within - within.min()).astype(np.uint64)
-    bits = int(within.max()).bit_length()
+    runs, bits = np.cumsum(first).astype(np.uint64), int(within.max()).bit_length()
     if int(runs[-1]).bit_length() + bits <= 64:
-        rows[tied] = rows[tied][np.argsort(runs << np.uint64(bits) | within)]
+        again, _ = _sorted(runs << np.uint64(bits) | within)
     else:
-        rows[tied] = rows[tied][np.lexsort((within, runs))]
+        again = np.lexsort((within, runs))
+    rows[places] = rows[places[again]]
     return rows
+
+
+def _sorted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in the order of `values` (uint64), equal ones in any order, and the values in that order less the least."""
+    values = values - values.min()
+    bits = (len(values) - 1).bit_length()
+    if int(values.max()).bit_length() + bits > 64:
+        rows = np.argsort(values)
+        return rows, values[rows]
+    values <<= np.uint64(bits)
+    values |= np.arange(len(values), dtype=np.uint64)
+    values.sort()
+    rows = (values & np.uint64((1 << bits) - 1)).astype(np.int64)
+    values >>= np.uint64(bits)
+    return rows, values
 
 
 def ordered(rows: Partition) -> Partition:
     """The rows by label, from easy to hard, ties by sample_id, which is key order."""
-    return rows.take(order(rows.label.astype(np.uint64) << np.uint64(32) | score_key(rows.score), rows.sample_id))
+    if not len(rows):
+        return rows
+    key = score_key(rows.score)
+    key -= key.min()
+    major = rows.label.astype(np.uint64)
+    major <<= np.uint64(int(key.max()).bit_length())
+    major |= key
+    return rows.take(order(major, rows.sample_id))
+
+
+def not_finite(rows: Partition) -> tuple[int, np.ndarray]:
+    """How many scores are no finite number, and the first five sample_ids."""
+    broken = rows.sample_id[~np.isfinite(rows.score)]
+    return len(broken), np.sort(broken)[:5]
 
 
 def cut(sizes: np.ndarray, limit: int) -> list[tuple[int, int, int]]:
@@ -182,12 +226,6 @@ def pieces(rows: Partition, keys: np.ndarray, sample_ids: np.ndarray) -> np.ndar
     for key, sample_id in zip(keys, sample_ids, strict=True):
         found += (mine > key) | ((mine == key) & (rows.sample_id >= sample_id))
     return found
-
-
-def not_finite(rows: Partition) -> tuple[int, np.ndarray]:
-    """How many scores are no finite number, and the first five sample_ids."""
-    broken = rows.sample_id[~np.isfinite(rows.score)]
-    return len(broken), np.sort(broken)[:5]
 
 
 def column(part: Partition, name: str, rows: np.ndarray) -> np.ndarray:
