@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,23 @@ def test_a_single_stage_says_where_it_left_what(finished: tuple[Path, str]) -> N
     assert len(re.findall(r"│ +12 │ +4 │ +- │", out)) == 10, "and none for random"
 
 
+def test_select_asks_for_ray_only_beyond_a_partition_and_chooses_the_same(finished: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "debug")
+
+    def select(*overrides: str) -> tuple[bool, list[dict]]:
+        said: list[str] = []
+        plan = pipeline.run(load(DEBUG, [f"run.dir={tmp_path}", "select.budget=30", *overrides]), "select", said.append)
+        (node,) = plan.of("select")
+        found = tables.read(node.dir.parts()).to_pylist()
+        shutil.rmtree(node.folder)
+        return "starting Ray" in said, found
+
+    alone, expected = select()
+    on_ray, found = select("resources.rows_per_partition=50")
+    assert (alone, on_ray) == (False, True)
+    assert found == expected and len(found) == 30
+
+
 def test_a_changed_knob_changes_no_folder_and_a_changed_setting_does(finished: tuple[Path, str]) -> None:
     from d2c_ray import plan
 
@@ -209,6 +227,7 @@ def test_a_changed_knob_changes_no_folder_and_a_changed_setting_does(finished: t
     for knob in (
         "resources.actors=7",
         "resources.rows_per_task=3",
+        "resources.rows_per_partition=9",
         "resources.train_workers=2",
         "train.log_every=5",
         "data.max_rejected=0.5",

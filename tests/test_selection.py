@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -341,15 +342,19 @@ def selected(out: Path) -> tuple[pa.Table, list[dict]]:
     return tables.read(sorted(out.glob("part-*.parquet"))), tables.read(out / score_parts.CLASSES).to_pylist()
 
 
-def test_from_files_to_files(tmp_path: Path) -> None:
+def test_from_files_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_parts, "ROWS_PER_PART", 6)
     rng = np.random.default_rng(6)
     labels, scores = rng.integers(0, 3, 90).astype(np.int32), rng.integers(0, 20, 90).astype(np.float32)
     labels[labels == 1] = 0
     labels[:2] = 3
     parts = write_scores(tmp_path / "scores", labels, scores)
+    tables.write(tmp_path / "scores" / "part-000009.parquet", tables.read(parts[:1]).slice(0, 0))  # all of a shard was rejected
+    parts = sorted((tmp_path / "scores").glob("*.parquet"))
     options = SelectConfig(budget=15, f=0.5)
     total, facts = select(parts, ["a", "none", "c", "d"], options, tmp_path / "out", "scores-1")
     table, classes = selected(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("part-*.parquet"))) == 3
     assert (total, facts["images"], facts["shortfall"], facts["num_classes"]) == (90, 15, 3, 3)
     assert table.schema.equals(tables.arrow_schema(schema.SELECTION), check_metadata=False)
     assert tables.metadata(next((tmp_path / "out").glob("part-*")))["scores"] == "scores-1"
@@ -368,7 +373,7 @@ def test_from_files_to_files(tmp_path: Path) -> None:
         (3, "d", 2, 3),
     ]
     for row in classes:
-        mine = table.filter(pa.compute.equal(table.column("label"), row["label"]))
+        mine = table.filter(pc.equal(table.column("label"), row["label"]))
         assert (row["score_min"], row["score_max"]) == (min(mine["score"].to_pylist()), max(mine["score"].to_pylist()))
         assert row["deepest_rank"] == max(mine["rank"].to_pylist()) / row["size"]
         assert row["nominal_f"] == (0.5 if row["label"] != 3 else 1.0)
