@@ -168,6 +168,17 @@ def test_the_order_is_that_of_lexsort(pairs: list[tuple[int, float]], random) ->
     assert found.score.tobytes() == score[expected].tobytes()
 
 
+@pytest.mark.parametrize("high", [1 << 20, 1 << 62])
+@pytest.mark.parametrize("spread", [1, 1 << 50])
+def test_the_order_where_bits_run_out(high: int, spread: int) -> None:
+    rng = np.random.default_rng(9)
+    major, minor = (
+        rng.choice(rng.integers(0, high, 40), 1000).astype(np.uint64),
+        rng.permutation(1000) * spread,
+    )
+    assert rank.order(major, minor).tolist() == np.lexsort((minor, major)).tolist()
+
+
 def in_partitions(part: rank.Partition, limit: int, num_classes: int):  # type: ignore[no-untyped-def]
     """Partitions as tasks would hold them, in this process: (spans, each)."""
     sizes = np.bincount(part.label, minlength=num_classes)
