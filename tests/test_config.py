@@ -37,6 +37,8 @@ def test_command_line_wins_over_the_file() -> None:
         ("select.budget=-4", ["select.budget=-4", "number of images"]),
         ("select.budget=10.5", ["select.budget=10.5"]),
         ("select.f=1.5", ["select.f=1.5", "up to 1"]),
+        ("select.cutoff=1", ["select.cutoff=1.0", "to below 1"]),
+        ("select.strata=0", ["select.strata=0", "1 or more"]),
         ("select.selector=intervall", ["select.selector", "did you mean 'interval'"]),
         ("sample.guidance=0.5", ["sample.guidance=0.5", "1 is no guidance"]),
         ("score.t_min=0.9 score.t_max=0.1", ["score.t_min=0.9", "t_min < t_max"]),
