@@ -112,6 +112,23 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
+class TransportConfig:
+    """GADC's objective and its search; the published values where there are any."""
+
+    kappa: float = 1.05  # capacity of the class's images over the mass shipped; 1: balanced transport
+    gamma: float = 0.05  # cost of the dummy source, times the class's median squared distance
+    epsilon: float = 0.06  # entropy, times the median squared distance; the published 12 at a median of 200
+    epsilon_absolute: float = 0.0  # entropy in squared feature units instead; 0: relative
+    iterations: int = 20  # of Sinkhorn, exactly
+    statistics: float = 6.0  # weight of the distance of means and standard deviations; 0: off
+    mean_weight: float = 1.25  # of the means against the standard deviations
+    confidence: float = 6.0  # weight of the mean cross entropy, times the median squared distance; 1200 at a median of 200; 0: off
+    swap_rounds: int = 30  # rounds of swaps at most, each over all swaps
+    verify: int = 20_000  # swaps evaluated exactly before the search ends: all of them, where a class has no more
+    max_class: int = 16_384  # images of the largest class, whose n x n distances and kernel take 8 n^2 bytes
+
+
+@dataclass(frozen=True)
 class SelectConfig:
     selector: str = "interval"  # interval | random | easiest | hardest | medium | stratified
     budget: float = 0.008  # images; up to 1: share of the dataset
@@ -121,6 +138,7 @@ class SelectConfig:
     strata: int = 50  # stratified: ranges of equal score width a class
     cutoff: float = 0.0  # stratified: share of each class, the hardest, that is left out
     seed: int = 0  # random, stratified
+    transport: TransportConfig = field(default_factory=TransportConfig)  # gadc
 
 
 @dataclass(frozen=True)
@@ -246,6 +264,7 @@ MINIMUM = {
     "train.keep_checkpoints": 1, "teacher.train.num_images": 1, "teacher.train.batch_size": 1,
     "teacher.train.log_every": 1, "teacher.train.checkpoint_every": 1, "teacher.train.keep_checkpoints": 1,
     "score.num_timesteps": 1, "score.device_batch": 1, "select.k": 0, "select.strata": 1, "attach.text.tokens": 1,
+    "select.transport.iterations": 1, "select.transport.swap_rounds": 0, "select.transport.verify": 0, "select.transport.max_class": 1,
     "attach.vision.image_size": 32, "attach.vision.device_batch": 1, "attach.rows_per_part": 1,
     "sample.num_images": 1, "sample.steps": 1, "sample.device_batch": 1, "evaluate.image_size": 32,
     "evaluate.neighbours": 1, "evaluate.max_reference": 0, "evaluate.device_batch": 1,
@@ -395,6 +414,14 @@ def check(config: Config) -> None:
             raise UserError(f"select.f={select.f} is the share of each class that is sampled evenly; above 0 and up to 1 would do.")
     if not 0.0 <= select.cutoff < 1.0:
         raise UserError(f"select.cutoff={select.cutoff} is the share of each class, the hardest, that is left out; 0 to below 1 would do.")
+    transport = select.transport
+    if transport.kappa < 1.0:
+        raise UserError(f"select.transport.kappa={transport.kappa}: the class cannot take all that is shipped; 1 (balanced) or more would do.")
+    for key in ("gamma", "epsilon_absolute", "statistics", "mean_weight", "confidence"):
+        if not 0.0 <= getattr(transport, key) < float("inf"):
+            raise UserError(f"select.transport.{key}={getattr(transport, key)} must be 0 or above.")
+    if not 0.0 < transport.epsilon < float("inf"):
+        raise UserError(f"select.transport.epsilon={transport.epsilon} must be above 0; 0.06 is the published one.")
     for where, model in (("model", config.model), ("teacher.model", config.teacher.model)):
         depth, width, heads = model_shape(model)
         if width % heads or (width // heads) % 2:

@@ -1,0 +1,431 @@
+"""GADC's selection of m of one class's n images by features: partial optimal transport, moments and confidence.
+
+    minimise over S:  L_OT + 6 (1.25 ||mu_S - mu_T||^2 + sum_d (sd_S - sd_T)^2) + beta mean over S of ce
+
+GADC, arXiv 2606.05883: greedy insertion, then best-improvement 1-swaps. L_OT is one-sided partial transport of the
+chosen (1/m each, all shipped) to the class (capacity kappa/n each) over squared distances, with a dummy source of mass
+kappa - 1 and cost gamma median(C), by entropic Sinkhorn in exactly `iterations` steps; the cost counts without the
+dummy row and without the entropy. beta and epsilon are relative to median(C), the lower median of the class's own
+n x n distances, diagonal included: raw features whose distances are in the thousands underflow at a fixed epsilon.
+
+Deviations: the published greedy adds beta ce of the candidate to the mean terms of a set of k, and so weighs it k
+times more than the swaps do; here every step minimises the one objective. A round of swaps may accept several.
+
+How it is fast: distances and kernel once; the exact objective of many sets at once, in blocks that stay in cache, and
+only of sets that a screen with warm potentials puts in front. What is accepted is decided by `objective`, in float64.
+
+Shapes: n images, d features, r rows chosen so far, m after the choice, g sets with a place open, p (set, candidate) pairs.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2c_ray.config import TransportConfig
+from d2c_ray.errors import UserError
+
+FLOAT32_RANGE, FLOAT64_RANGE = 60.0, 200.0  # largest C/epsilon whose kernel and potentials fit; above: log domain
+PREFILTER, POOL, FINALISTS = 4096, 64, 4  # pairs kept by fixed potentials, by warm ones, by float32
+WARM_ITERATIONS = 2
+MISSES = 8  # finalists in a row that do not help any more end a round
+GAIN = 1e-9  # relative; less is rounding
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One class, ready to be searched."""
+
+    y: Tensor  # n x d float64, centred on the class mean
+    y32: Tensor  # n x d float32, the same for screens
+    sd: Tensor  # d float64, of the class
+    ce: Tensor  # n float64
+    cost: Tensor  # n x n float32 squared distances
+    kernel: Tensor | None  # n x n exp(-cost / epsilon); None: outside of what numbers can hold
+    median: float
+    epsilon: float
+    dummy: float  # cost of the dummy row
+    beta: float
+    options: TransportConfig
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objective's three terms, weighted; lower is better."""
+
+    transport: float
+    statistics: float
+    confidence: float
+
+    @property
+    def total(self) -> float:
+        return self.transport + self.statistics + self.confidence
+
+
+def gadc(
+    features: np.ndarray, ce: np.ndarray | None, count: int, options: TransportConfig, device: str = "cpu"
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """`count` rows of one class in order of choice, and what is worth keeping about the search.
+
+    Ties go to the lower row, so callers give rows in sample_id order. A count of all rows needs no search and no
+    distances, and its facts hold no objective.
+
+    Args:
+        features: n x d, of a frozen network. ce: n, the cross entropy of a classifier; None leaves the term out.
+
+    Returns:
+        int64 rows, and facts: transport, statistics, confidence, objective, greedy_objective, epsilon, median,
+        iterations' domain, swaps, rounds, one_swap_optimal (every swap was evaluated), seconds.
+
+    Raises:
+        UserError: numbers that are not finite, a count outside of 1 to n, a class above options.max_class.
+    """
+    started = time.perf_counter()
+    if not 1 <= count <= len(features):
+        raise UserError(f"{count} of {len(features)} images cannot be chosen; 1 to {len(features)} would do.")
+    if count == len(features):
+        return np.arange(count), {"swaps": 0, "rounds": 0, "one_swap_optimal": True, "seconds": time.perf_counter() - started}
+    problem = prepare(features, ce, options, device)
+    rows = _insert(problem, count)
+    greedy = objective(problem, rows)
+    rows, found = _swap(problem, rows, greedy)
+    rows = _lowest_of_equals(problem, rows)
+    parts = objective(problem, rows)
+    facts = asdict(parts) | {"objective": parts.total, "greedy_objective": greedy.total} | found
+    facts |= {"epsilon": problem.epsilon, "median": problem.median, "domain": _domain(problem)}
+    return rows.cpu().numpy(), facts | {"seconds": time.perf_counter() - started}
+
+
+def prepare(features: np.ndarray | Tensor, ce: np.ndarray | Tensor | None, options: TransportConfig, device: str = "cpu") -> Problem:
+    """Distances, kernel and moments of one class, n x d.
+
+    Where the median distance is 0 (one or two images, or mostly duplicates) the mean stands in for it, then 1.
+    """
+    n = len(features)
+    if n > options.max_class:
+        raise UserError(
+            f"a class of {n} images needs {8 * n * n / 2**30:.1f} GiB for its distances and kernel, {8 * n * n} bytes; "
+            f"select.transport.max_class={options.max_class} allows {8 * options.max_class**2 / 2**30:.1f} GiB. "
+            "Raise it where the memory is there, or limit the class."
+        )
+    y = torch.as_tensor(features).to(device).double()
+    losses = torch.zeros(n, dtype=torch.float64, device=device) if ce is None else torch.as_tensor(ce).to(device).double()
+    if y.ndim != 2 or losses.shape != (n,):
+        raise ValueError(f"features of shape {tuple(y.shape)} and ce of {tuple(losses.shape)}: n x d and n are wanted")
+    for name, values in (("features", y), ("cross entropies", losses)):
+        broken = (~torch.isfinite(values.reshape(n, -1))).any(1)
+        if broken.any():
+            raise UserError(f"the {name} of {int(broken.sum())} images are not finite, the first in row {int(broken.nonzero()[0])}.")
+    y = y - y.mean(0)
+    sd = y.std(0) if n > 1 else torch.zeros_like(y[0])
+    cost = squared_distances(y)
+    median = float(cost.median())  # the lower of two middle values
+    scale = median or float(cost.mean(dtype=torch.float64)) or 1.0
+    epsilon = options.epsilon_absolute or options.epsilon * scale
+    reach = float(cost.max()) / epsilon
+    kernel = None
+    if reach <= FLOAT64_RANGE:
+        kernel = (cost if reach <= FLOAT32_RANGE else cost.double()).div(-epsilon).exp_()
+    return Problem(y, y.float(), sd, losses, cost, kernel, median, epsilon, options.gamma * scale, options.confidence * scale, options)
+
+
+def squared_distances(y: Tensor) -> Tensor:
+    """n x n float32 of n x d float64 rows, the diagonal 0; products in float64 so that they hardly depend on row order."""
+    norms = y.square().sum(1)
+    cost = torch.empty(len(y), len(y), dtype=torch.float32, device=y.device)
+    for start in range(0, len(y), 1024):
+        block = slice(start, start + 1024)
+        cost[block] = torch.addmm(norms, y[block], y.T, alpha=-2).add_(norms[block, None]).clamp_(min=0)
+    return cost.fill_diagonal_(0)
+
+
+def objective(problem: Problem, rows: Tensor | np.ndarray) -> Parts:
+    """The one evaluator: the objective's terms for a set of rows, in float64.
+
+    Iterations start from u = v = 1 and update u first; where the kernel would underflow they run on logarithms.
+    """
+    rows = torch.as_tensor(rows, device=problem.cost.device)
+    transport = _linear(problem, rows) if problem.kernel is not None else _logarithmic(problem, rows)
+    if not math.isfinite(transport):
+        raise UserError(
+            f"select.transport.epsilon gives no finite transport cost at epsilon {problem.epsilon:.3g} and distances up to {float(problem.cost.max()):.3g}; a larger one would do."
+        )
+    chosen = problem.y[rows]
+    sd = chosen.std(0) if len(rows) > 1 else torch.zeros_like(problem.sd)  # one image has no spread
+    weights = problem.options
+    moments = weights.mean_weight * chosen.mean(0).square().sum() + (sd - problem.sd).square().sum()
+    return Parts(transport, weights.statistics * float(moments), problem.beta * float(problem.ce[rows].mean()))
+
+
+def _linear(problem: Problem, rows: Tensor) -> float:
+    cost = problem.cost[rows].double()  # m x n
+    kernel = cost.div(-problem.epsilon).exp_()
+    # v is in units of kappa/n. The dummy's row of the kernel is one number, which cancels: 1.
+    share, dummy = _masses(problem, len(rows), 0)
+    v, u = torch.ones_like(cost[0]), cost[:, 0]
+    for _ in range(problem.options.iterations):
+        u = share / (kernel @ v)
+        v = (u @ kernel).add_(dummy / v.sum()).reciprocal_()
+    return float(u @ (kernel.mul_(cost) @ v)) * problem.options.kappa / len(problem)
+
+
+def _logarithmic(problem: Problem, rows: Tensor) -> float:
+    cost = problem.cost[rows].double()  # m x n
+    logits = cost / -problem.epsilon
+    share, dummy = _masses(problem, len(rows), 0)
+    v, u = torch.zeros_like(cost[0]), cost[:, 0]  # logarithms
+    for _ in range(problem.options.iterations):
+        u = math.log(share) - (logits + v).logsumexp(1)
+        reserve = (math.log(dummy) if dummy else -math.inf) - v.logsumexp(0)
+        v = -torch.logaddexp((logits + u[:, None]).logsumexp(0), reserve)
+    return float((logits + u[:, None] + v).exp_().mul_(cost).sum()) * problem.options.kappa / len(problem)
+
+
+def _masses(problem: Problem, count: int, places: int) -> tuple[float, float]:
+    """Source masses in units of kappa/n: of a chosen row, and of the dummy, which holds `places` open ones as well."""
+    kappa, n = problem.options.kappa, len(problem)
+    return n / (kappa * count), n / kappa * (kappa - 1 + places / count)
+
+
+def _domain(problem: Problem) -> str:
+    return "logarithms" if problem.kernel is None else str(problem.kernel.dtype).removeprefix("torch.")
+
+
+# ---- many sets at once ----
+
+
+@dataclass(frozen=True)
+class _Open:
+    """g sets of m - 1 rows with one place open: the rows so far alone (insertion), or without each of them in turn (swaps)."""
+
+    rows: Tensor  # r
+    keep: Tensor  # g x r bool
+    size: int  # m
+
+    def sets(self) -> list[Tensor]:
+        return [self.rows[kept] for kept in self.keep]
+
+
+def _insertion(rows: Tensor) -> _Open:
+    return _Open(rows, torch.ones(1, len(rows), dtype=torch.bool, device=rows.device), len(rows) + 1)
+
+
+def _swaps(rows: Tensor) -> _Open:
+    return _Open(rows, ~torch.eye(len(rows), dtype=torch.bool, device=rows.device), len(rows))
+
+
+def _moments(problem: Problem, at: _Open) -> Tensor:
+    """Statistics and confidence of every open set with every candidate, g x n float32, exact but for rounding."""
+    options, m, y = problem.options, at.size, problem.y32
+    norms, sd = y.square().sum(1), problem.sd.float()
+    found = torch.empty(len(at.keep), len(problem), device=y.device)
+    step = _block(y, y.shape[1])
+    for index, rest in enumerate(at.sets()):
+        have = problem.y[rest]  # m - 1 x d
+        mean = have.mean(0) if len(rest) else torch.zeros_like(problem.sd)
+        squares = (have - mean).square().sum(0)
+        mean32, along = mean.float(), y @ mean.float()
+        off = float(mean.square().sum())
+        away = norms - 2 * along + off  # ||y_j - mean||^2
+        moved = off + 2 * (along - off) / m + away / m**2  # of the new mean
+        spread = torch.full_like(moved, float(problem.sd.square().sum()))
+        if m > 1:
+            # The new variance is squares / (m - 1) + (y_j - mean)^2 / m; only its root needs every element.
+            variance = (squares / (m - 1)).float()
+            spread += variance.sum() + away / m
+            for start in range(0, len(y), step):
+                block = y[start : start + step] - mean32
+                spread[start : start + step] -= 2 * (torch.addcmul(variance, block, block, value=1 / m).sqrt_() @ sd)
+        found[index] = options.statistics * (options.mean_weight * moved + spread)
+        found[index] += (problem.beta / m * (problem.ce + problem.ce[rest].sum())).float()
+    return found
+
+
+def _moments_of(problem: Problem, at: _Open, pairs: Tensor) -> Tensor:
+    """The same of p pairs, in float64."""
+    options, m, found = problem.options, at.size, []
+    for chunk in pairs.split(512):
+        keep = at.keep[chunk[:, 0]].double()
+        new, have = problem.y[chunk[:, 1]], problem.y[at.rows]
+        mean = (keep @ have + new) / m
+        variance = (keep @ have.square() + new.square() - m * mean.square()).clamp_(min=0) / max(m - 1, 1)
+        spread = (variance.sqrt() * (m > 1) - problem.sd).square().sum(1)
+        ce = (keep @ problem.ce[at.rows] + problem.ce[chunk[:, 1]]) / m
+        found.append(options.statistics * (options.mean_weight * mean.square().sum(1) + spread) + problem.beta * ce)
+    return torch.cat(found)
+
+
+def _prices(problem: Problem, at: _Open) -> Tensor:
+    """Potentials v of every open set, the dummy holding the open place: g x n, logarithms where there is no kernel."""
+    share, dummy = _masses(problem, at.size, 1)
+    if problem.kernel is None:
+        logits, found = problem.cost[at.rows].double() / -problem.epsilon, []
+        for kept in at.keep:
+            v = torch.zeros(len(problem), dtype=torch.float64, device=logits.device)
+            for _ in range(problem.options.iterations):
+                u = math.log(share) - (logits[kept] + v).logsumexp(1)
+                v = -torch.logaddexp((logits[kept] + u[:, None]).logsumexp(0), math.log(dummy) - v.logsumexp(0))
+            found.append(v)
+        return torch.stack(found)
+    kernel = problem.kernel[at.rows]  # r x n
+    masses = at.keep * torch.tensor(share, dtype=kernel.dtype)
+    v = torch.ones(len(masses), len(problem), dtype=kernel.dtype, device=kernel.device)
+    for _ in range(problem.options.iterations):
+        u = masses / (v @ kernel.T)
+        v = torch.addmm(dummy / v.sum(1, keepdim=True), u, kernel).reciprocal_()
+    return v
+
+
+def _fixed(problem: Problem, at: _Open, v: Tensor) -> Tensor:
+    """Transport cost of every open set with every candidate at fixed potentials, g x n: each row pays a softmin average."""
+    found = torch.empty(len(v), len(problem), dtype=v.dtype, device=v.device)
+    step = _block(problem.cost, len(problem))
+    for start in range(0, len(problem), step):
+        block = slice(start, start + step)
+        cost = problem.cost[block]
+        if problem.kernel is None:
+            for plan, logarithms in zip(found, v, strict=True):
+                plan[block] = ((cost / -problem.epsilon + logarithms).softmax(1) * cost).sum(1)
+        else:
+            kernel = problem.kernel[block]
+            found[:, block] = v @ (cost * kernel).T / (v @ kernel.T)
+    return (found + (found[:, at.rows] * at.keep).sum(1, keepdim=True)) / at.size
+
+
+def _transport(problem: Problem, at: _Open, pairs: Tensor, iterations: int, start: Tensor | None = None) -> Tensor:
+    """L_OT of p pairs (open set, candidate), p x 2 -> p float64; from v = 1, or from a v of each open set.
+
+    Pairs share all rows but one, so an iteration is two matrix products for a block of pairs, and a row of their own.
+    """
+    if problem.kernel is None:
+        sets = [torch.cat([at.rows[at.keep[index]], candidate[None]]) for index, candidate in pairs]
+        return torch.tensor([_logarithmic(problem, rows) for rows in sets], dtype=torch.float64, device=pairs.device)
+    kernel = problem.kernel[at.rows]  # r x n
+    weighted, columns = (kernel * problem.cost[at.rows]).T.contiguous(), kernel.T.contiguous()
+    share, dummy = _masses(problem, at.size, 0)
+    masses = at.keep * torch.tensor(share, dtype=kernel.dtype)
+    found = []
+    for chunk in pairs.split(_block(kernel, len(problem))):
+        index, candidate = chunk.T
+        mass, own = masses[index], problem.kernel[candidate]
+        v = torch.ones_like(own) if start is None else start[index]
+        work = torch.empty_like(v)
+        u, u_own = mass, mass[:, :1]
+        for _ in range(iterations):
+            u = mass / (v @ columns)
+            u_own = share / torch.mul(v, own, out=work).sum(1, keepdim=True)
+            reserve = dummy / v.sum(1, keepdim=True)
+            v = torch.addmm(torch.addcmul(reserve, u_own, own, out=work), u, kernel, out=v).reciprocal_()
+        ships = torch.mul(v, own, out=work).mul_(problem.cost[candidate]).sum(1) * u_own[:, 0]
+        found.append((v @ weighted).mul_(u).sum(1).add_(ships).double())
+    return torch.cat(found) * problem.options.kappa / len(problem)
+
+
+def _block(like: Tensor, width: int) -> int:
+    """Rows of a block: what stays in a core's cache, or keeps an accelerator busy."""
+    numbers = 2**16 if like.device.type == "cpu" else 2**26
+    return max(16, numbers * 4 // like.element_size() // width)
+
+
+# ---- the search ----
+
+
+def _insert(problem: Problem, count: int) -> Tensor:
+    """Greedy insertion: the row with the lowest objective of the set with it, `count` times."""
+    rows = torch.empty(0, dtype=torch.int64, device=problem.cost.device)
+    for _ in range(count):
+        at = _insertion(rows)
+        pairs, _ = _promising(problem, at, POOL)
+        sets = [torch.cat([rows, candidate[None]]) for _, candidate in pairs[:FINALISTS]]
+        values = [objective(problem, chosen).total for chosen in sets]
+        least = min(values)
+        # Rounding must not decide between equals: the lowest row of those.
+        ties = [chosen for chosen, value in zip(sets, values, strict=True) if value <= least + abs(least) * GAIN]
+        rows = min(ties, key=lambda chosen: int(chosen[-1]))
+    return rows
+
+
+def _swap(problem: Problem, rows: Tensor, parts: Parts) -> tuple[Tensor, dict[str, Any]]:
+    """1-swaps until none helps, or `swap_rounds`. A round takes the best swap and then others that still help."""
+    options, swaps, rounds, optimal = problem.options, 0, 0, False
+    current, pool = parts.total, POOL + len(rows)
+    everything = len(rows) * (len(problem) - len(rows))
+    while rounds < options.swap_rounds and not optimal:
+        rounds += 1
+        pairs, totals = _promising(problem, _swaps(rows), pool)
+        rows, current, taken = _accept(problem, rows, current, pairs, totals)
+        swaps += taken
+        if not taken:
+            # Nothing in the pool: look at many more exactly before the search ends.
+            if pool >= min(options.verify, everything):
+                optimal = pool >= everything
+                break
+            pool = min(options.verify, everything)
+            rounds -= 1
+        else:
+            pool = POOL + len(rows)
+    return rows, {"swaps": swaps, "rounds": rounds, "one_swap_optimal": optimal}
+
+
+def _accept(problem: Problem, rows: Tensor, current: float, pairs: Tensor, totals: Tensor) -> tuple[Tensor, float, int]:
+    """The set after the best swap and those behind it that still help, its objective, and how many they were."""
+    rows, touched, taken, misses = rows.clone(), set(), 0, 0
+    for (place, candidate), total in zip(pairs.tolist(), totals.tolist(), strict=True):
+        if total >= current or misses == MISSES:
+            break  # what helped the set before it changed may not any more, but what did not will not
+        if place in touched or candidate in rows:
+            continue
+        changed = rows.clone()
+        changed[place] = candidate
+        value = objective(problem, changed).total
+        if value < current - abs(current) * GAIN:
+            rows, current, taken, misses = changed, value, taken + 1, 0
+            touched.add(place)
+        else:
+            misses += 1
+    return rows, current, taken
+
+
+def _promising(problem: Problem, at: _Open, pool: int) -> tuple[Tensor, Tensor]:
+    """At least `pool` (open set, candidate) pairs with their objective, the lowest first, ties by row.
+
+    Screens of falling speed and rising truth: fixed potentials for all, a few warm iterations, then the exact number.
+    """
+    sets, n = len(at.keep), len(problem)
+    moments = _moments(problem, at)
+    every = torch.ones(sets, n, dtype=torch.bool, device=moments.device)
+    every[:, at.rows] = False
+    if pool >= int(every.sum()):
+        pairs = every.nonzero()
+    else:
+        prices = _prices(problem, at)
+        guess = (_fixed(problem, at, prices) + moments).masked_fill(~every, torch.inf)
+        keep = min(max(PREFILTER, 4 * pool), int(every.sum()))
+        pairs = torch.stack(torch.unravel_index(guess.flatten().topk(keep, largest=False).indices, guess.shape), 1)
+        if problem.kernel is not None and keep > pool:
+            warm = _transport(problem, at, pairs, WARM_ITERATIONS, prices) + moments[pairs[:, 0], pairs[:, 1]]
+            pairs = pairs[warm.topk(pool, largest=False).indices]
+        else:
+            pairs = pairs[:pool]
+    pairs = pairs[torch.argsort(pairs[:, 1] * sets + pairs[:, 0])]
+    totals = _transport(problem, at, pairs, problem.options.iterations) + _moments_of(problem, at, pairs)
+    order = totals.argsort(stable=True)
+    return pairs[order], totals[order]
+
+
+def _lowest_of_equals(problem: Problem, rows: Tensor) -> Tensor:
+    """Rows with the same features and cross entropy are one to the objective: the lowest of them are taken, in order."""
+    keys = [row.tobytes() for row in torch.cat([problem.y, problem.ce[:, None]], 1).cpu().numpy()]
+    if len(set(keys)) == len(keys):
+        return rows
+    equals: dict[bytes, list[int]] = {}
+    for row, key in enumerate(keys):
+        equals.setdefault(key, []).append(row)
+    return torch.tensor([equals[keys[row]].pop(0) for row in rows.tolist()], device=rows.device)
