@@ -124,7 +124,7 @@ class TransportConfig:
     mean_weight: float = 1.25  # of the means against the standard deviations
     confidence: float = 6.0  # weight of the mean cross entropy, times the median squared distance; 1200 at a median of 200; 0: off
     swap_rounds: int = 30  # rounds of swaps at most, each over all swaps
-    verify: int = 20_000  # swaps evaluated exactly before the search ends: all of them, where a class has no more
+    verify: int = 50_000  # swaps of a class that the last round looks at once more, of those that may help
     max_class: int = 16_384  # images of the largest class, whose n x n distances and kernel take 8 n^2 bytes
 
 

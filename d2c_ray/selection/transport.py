@@ -30,7 +30,7 @@ from d2c_ray.config import TransportConfig
 from d2c_ray.errors import UserError
 
 FLOAT32_RANGE, FLOAT64_RANGE = 60.0, 200.0  # largest C/epsilon whose kernel and potentials fit; above: log domain
-PREFILTER, POOL, FINALISTS = 4096, 64, 4  # pairs kept by fixed potentials, by warm ones, by float32
+POOL, FINALISTS = 64, 4  # insertions evaluated exactly, and in float64
 WARM_ITERATIONS = 2
 MISSES = 8  # finalists in a row that do not help any more end a round
 GAIN = 1e-9  # relative; less is rounding
@@ -275,7 +275,7 @@ def _prices(problem: Problem, at: _Open) -> Tensor:
             found.append(v)
         return torch.stack(found)
     kernel = problem.kernel[at.rows]  # r x n
-    masses = at.keep * torch.tensor(share, dtype=kernel.dtype)
+    masses = at.keep.to(kernel.dtype) * share
     v = torch.ones(len(masses), len(problem), dtype=kernel.dtype, device=kernel.device)
     for _ in range(problem.options.iterations):
         u = masses / (v @ kernel.T)
@@ -283,48 +283,65 @@ def _prices(problem: Problem, at: _Open) -> Tensor:
     return v
 
 
-def _fixed(problem: Problem, at: _Open, v: Tensor) -> Tensor:
-    """Transport cost of every open set with every candidate at fixed potentials, g x n: each row pays a softmin average."""
-    found = torch.empty(len(v), len(problem), dtype=v.dtype, device=v.device)
+def _fixed(problem: Problem, at: _Open, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Transport cost of every open set with every candidate at fixed potentials, and the candidate's u: g x n each.
+
+    A row pays its softmin average. A candidate's own column costs it nothing and would take all of an outlier, whose
+    iterations then take long to find the column's capacity; so that column takes its capacity at most from the start.
+    """
+    share, _ = _masses(problem, at.size, 0)
+    found = torch.empty_like(v)  # of the candidates
+    u = torch.empty_like(v)
+    have = torch.empty_like(v)  # of rows that are in the set, at their own equilibrium
     step = _block(problem.cost, len(problem))
     for start in range(0, len(problem), step):
         block = slice(start, start + step)
         cost = problem.cost[block]
         if problem.kernel is None:
-            for plan, logarithms in zip(found, v, strict=True):
-                plan[block] = ((cost / -problem.epsilon + logarithms).softmax(1) * cost).sum(1)
+            logits = (cost / -problem.epsilon).double()
+            logits.diagonal(start).fill_(-torch.inf)
+            for index, logarithms in enumerate(v):
+                others = (logits + logarithms).logsumexp(1)
+                pays = ((logits + logarithms - others[:, None]).exp_() * cost).sum(1)
+                stays = torch.sigmoid(logarithms[block] - others)
+                found[index, block], have[index, block] = (1 - stays.clamp(max=1 / share)) * pays, (1 - stays) * pays
         else:
-            kernel = problem.kernel[block]
-            found[:, block] = v @ (cost * kernel).T / (v @ kernel.T)
-    return (found + (found[:, at.rows] * at.keep).sum(1, keepdim=True)) / at.size
+            kernel = problem.kernel[block].clone()
+            kernel.diagonal(start).fill_(0)
+            others = v @ kernel.T
+            pays = v @ kernel.mul_(cost).T / others
+            stays = v[:, block] / (v[:, block] + others)
+            ships = 1 - stays.clamp(max=1 / share)
+            found[:, block], have[:, block], u[:, block] = ships * pays, (1 - stays) * pays, share * ships / others
+    return (found + (have[:, at.rows] * at.keep).sum(1, keepdim=True)) / at.size, u
 
 
-def _transport(problem: Problem, at: _Open, pairs: Tensor, iterations: int, start: Tensor | None = None) -> Tensor:
-    """L_OT of p pairs (open set, candidate), p x 2 -> p float64; from v = 1, or from a v of each open set.
+def _transport(problem: Problem, at: _Open, pairs: Tensor, iterations: int, start: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """L_OT of p pairs (open set, candidate), p x 2 -> p float64; from v = 1, or from each open set's v and candidates' u.
 
     Pairs share all rows but one, so an iteration is two matrix products for a block of pairs, and a row of their own.
     """
     if problem.kernel is None:
         sets = [torch.cat([at.rows[at.keep[index]], candidate[None]]) for index, candidate in pairs]
         return torch.tensor([_logarithmic(problem, rows) for rows in sets], dtype=torch.float64, device=pairs.device)
-    kernel = problem.kernel[at.rows]  # r x n
-    weighted, columns = (kernel * problem.cost[at.rows]).T.contiguous(), kernel.T.contiguous()
+    kernel = torch.cat([problem.kernel[at.rows], torch.ones_like(problem.kernel[:1])])  # r + 1 x n, the dummy last
+    weighted = kernel[:-1] * problem.cost[at.rows]
     share, dummy = _masses(problem, at.size, 0)
-    masses = at.keep * torch.tensor(share, dtype=kernel.dtype)
+    masses = torch.cat([at.keep.T.to(kernel.dtype) * share, kernel.new_full((1, len(at.keep)), dummy)])  # r + 1 x g
     found = []
     for chunk in pairs.split(_block(kernel, len(problem))):
         index, candidate = chunk.T
-        mass, own = masses[index], problem.kernel[candidate]
-        v = torch.ones_like(own) if start is None else start[index]
-        work = torch.empty_like(v)
-        u, u_own = mass, mass[:, :1]
+        mass, own = masses[:, index], problem.kernel[candidate]
+        v, work = torch.ones_like(own), torch.empty_like(own)
+        if start is not None:
+            v = start[0][index]
+            v.scatter_(1, candidate[:, None], 1 / (1 / start[0][index, candidate] + start[1][index, candidate])[:, None])
         for _ in range(iterations):
-            u = mass / (v @ columns)
             u_own = share / torch.mul(v, own, out=work).sum(1, keepdim=True)
-            reserve = dummy / v.sum(1, keepdim=True)
-            v = torch.addmm(torch.addcmul(reserve, u_own, own, out=work), u, kernel, out=v).reciprocal_()
+            u = mass / (kernel @ v.T)  # this order: other layouts of narrow products take three times as long
+            torch.mul(own, u_own, out=v).addmm_(u.T, kernel).reciprocal_()
         ships = torch.mul(v, own, out=work).mul_(problem.cost[candidate]).sum(1) * u_own[:, 0]
-        found.append((v @ weighted).mul_(u).sum(1).add_(ships).double())
+        found.append((weighted @ v.T).mul_(u[:-1]).sum(0).add_(ships).double())
     return torch.cat(found) * problem.options.kappa / len(problem)
 
 
@@ -342,7 +359,7 @@ def _insert(problem: Problem, count: int) -> Tensor:
     rows = torch.empty(0, dtype=torch.int64, device=problem.cost.device)
     for _ in range(count):
         at = _insertion(rows)
-        pairs, _ = _promising(problem, at, POOL)
+        pairs, _, _ = _promising(problem, at, 8 * POOL, POOL)
         sets = [torch.cat([rows, candidate[None]]) for _, candidate in pairs[:FINALISTS]]
         values = [objective(problem, chosen).total for chosen in sets]
         least = min(values)
@@ -354,23 +371,20 @@ def _insert(problem: Problem, count: int) -> Tensor:
 
 def _swap(problem: Problem, rows: Tensor, parts: Parts) -> tuple[Tensor, dict[str, Any]]:
     """1-swaps until none helps, or `swap_rounds`. A round takes the best swap and then others that still help."""
-    options, swaps, rounds, optimal = problem.options, 0, 0, False
-    current, pool = parts.total, POOL + len(rows)
-    everything = len(rows) * (len(problem) - len(rows))
-    while rounds < options.swap_rounds and not optimal:
+    current, swaps, rounds, optimal = parts.total, 0, 0, False
+    while rounds < problem.options.swap_rounds and not optimal:
         rounds += 1
-        pairs, totals = _promising(problem, _swaps(rows), pool)
-        rows, current, taken = _accept(problem, rows, current, pairs, totals)
+        quick = (min(512 + 32 * len(rows), 4096), POOL + len(rows))
+        taken, whole = 0, False
+        for kept, pool in (quick, (problem.options.verify, problem.options.verify)):
+            pairs, totals, whole = _promising(problem, _swaps(rows), kept, pool, current)
+            rows, current, taken = _accept(problem, rows, current, pairs, totals)
+            if taken:
+                break
         swaps += taken
         if not taken:
-            # Nothing in the pool: look at many more exactly before the search ends.
-            if pool >= min(options.verify, everything):
-                optimal = pool >= everything
-                break
-            pool = min(options.verify, everything)
-            rounds -= 1
-        else:
-            pool = POOL + len(rows)
+            optimal = whole
+            break
     return rows, {"swaps": swaps, "rounds": rounds, "one_swap_optimal": optimal}
 
 
@@ -393,31 +407,32 @@ def _accept(problem: Problem, rows: Tensor, current: float, pairs: Tensor, total
     return rows, current, taken
 
 
-def _promising(problem: Problem, at: _Open, pool: int) -> tuple[Tensor, Tensor]:
-    """At least `pool` (open set, candidate) pairs with their objective, the lowest first, ties by row.
+def _promising(problem: Problem, at: _Open, kept: int, pool: int, bound: float = math.inf) -> tuple[Tensor, Tensor, bool]:
+    """(open set, candidate) pairs with their objective, the lowest first, ties by row; and whether none was cut but by `bound`.
 
-    Screens of falling speed and rising truth: fixed potentials for all, a few warm iterations, then the exact number.
+    Screens of falling speed and rising truth: fixed potentials for all pairs, a few warm iterations for the best `kept`,
+    the exact number for the best `pool`. Screens come from below, since what starts too cheap, the open place's share
+    of the class, gets dearer with every iteration; so a screen at `bound` and above ends a pair's case.
     """
     sets, n = len(at.keep), len(problem)
     moments = _moments(problem, at)
-    every = torch.ones(sets, n, dtype=torch.bool, device=moments.device)
-    every[:, at.rows] = False
-    if pool >= int(every.sum()):
-        pairs = every.nonzero()
-    else:
-        prices = _prices(problem, at)
-        guess = (_fixed(problem, at, prices) + moments).masked_fill(~every, torch.inf)
-        keep = min(max(PREFILTER, 4 * pool), int(every.sum()))
-        pairs = torch.stack(torch.unravel_index(guess.flatten().topk(keep, largest=False).indices, guess.shape), 1)
-        if problem.kernel is not None and keep > pool:
-            warm = _transport(problem, at, pairs, WARM_ITERATIONS, prices) + moments[pairs[:, 0], pairs[:, 1]]
-            pairs = pairs[warm.topk(pool, largest=False).indices]
-        else:
-            pairs = pairs[:pool]
+    prices = _prices(problem, at)
+    fixed, u = _fixed(problem, at, prices)
+    guess = (fixed + moments).index_fill_(1, at.rows, torch.inf).flatten()
+    passed = int((guess < bound).sum())
+    best = guess.topk(min(kept, passed), largest=False).indices
+    pairs, whole = torch.stack([best // n, best % n], 1), passed <= kept
+    if problem.kernel is not None and len(pairs) > POOL:
+        iterations = WARM_ITERATIONS if pool < kept else 2 * WARM_ITERATIONS
+        warm = _transport(problem, at, pairs, iterations, (prices, u)) + moments[pairs[:, 0], pairs[:, 1]]
+        passed = int((warm < bound).sum())
+        pairs, whole = pairs[warm.topk(min(pool, passed), largest=False).indices], whole and passed <= pool
+    elif len(pairs) > pool:
+        pairs, whole = pairs[:pool], False
     pairs = pairs[torch.argsort(pairs[:, 1] * sets + pairs[:, 0])]
     totals = _transport(problem, at, pairs, problem.options.iterations) + _moments_of(problem, at, pairs)
     order = totals.argsort(stable=True)
-    return pairs[order], totals[order]
+    return pairs[order], totals[order], whole
 
 
 def _lowest_of_equals(problem: Problem, rows: Tensor) -> Tensor:
