@@ -221,44 +221,66 @@ def _swaps(rows: Tensor) -> _Open:
     return _Open(rows, ~torch.eye(len(rows), dtype=torch.bool, device=rows.device), len(rows))
 
 
+def _means_and_squares(problem: Problem, at: _Open) -> tuple[Tensor, Tensor]:
+    """Of every open set's m - 1 rows, g x d float64: the mean, and the sum of squares about it."""
+    have, keep = problem.y[at.rows], at.keep.double()
+    mean = keep @ have / max(at.size - 1, 1)
+    squares = keep @ have.square() - max(at.size - 1, 1) * mean.square()
+    return mean, squares.clamp_(min=0)
+
+
 def _moments(problem: Problem, at: _Open) -> Tensor:
-    """Statistics and confidence of every open set with every candidate, g x n float32, exact but for rounding."""
+    """Statistics and confidence of every open set with every candidate, g x n float32, from below.
+
+    With a new row y_j the variance is x = squares / (m - 1) + (y_j - mean)^2 / m, and only the sum of sd_T sqrt(x) needs
+    every element of every pair. The root lies under its tangents: sqrt(x) <= (x + x0) / (2 sqrt(x0)), which at an x0 of
+    the candidate alone is two matrix products. With one open set x0 is x and nothing is lost.
+    """
     options, m, y = problem.options, at.size, problem.y32
-    norms, sd = y.square().sum(1), problem.sd.float()
-    found = torch.empty(len(at.keep), len(problem), device=y.device)
+    mean, squares = _means_and_squares(problem, at)
+    centre = mean.mean(0)  # about which all is small
+    off = (mean - centre).float()  # g x d
+    away = torch.empty(len(off), len(y), device=y.device)  # ||y_j - mean||^2
+    roots = torch.zeros_like(away)  # sum of sd_T sqrt(x)
+    variance = (squares / max(m - 1, 1)).float()
+    fixed, sd = variance.mean(0) + off.square().mean(0) / m, problem.sd.float()
+    least = 1e-6 * sd.square() + torch.finfo(torch.float32).tiny
     step = _block(y, y.shape[1])
-    for index, rest in enumerate(at.sets()):
-        have = problem.y[rest]  # m - 1 x d
-        mean = have.mean(0) if len(rest) else torch.zeros_like(problem.sd)
-        squares = (have - mean).square().sum(0)
-        mean32, along = mean.float(), y @ mean.float()
-        off = float(mean.square().sum())
-        away = norms - 2 * along + off  # ||y_j - mean||^2
-        moved = off + 2 * (along - off) / m + away / m**2  # of the new mean
-        spread = torch.full_like(moved, float(problem.sd.square().sum()))
-        if m > 1:
-            # The new variance is squares / (m - 1) + (y_j - mean)^2 / m; only its root needs every element.
-            variance = (squares / (m - 1)).float()
-            spread += variance.sum() + away / m
-            for start in range(0, len(y), step):
-                block = y[start : start + step] - mean32
-                spread[start : start + step] -= 2 * (torch.addcmul(variance, block, block, value=1 / m).sqrt_() @ sd)
-        found[index] = options.statistics * (options.mean_weight * moved + spread)
-        found[index] += (problem.beta / m * (problem.ce + problem.ce[rest].sum())).float()
-    return found
+    for start in range(0, len(y), step):
+        block = y[start : start + step] - centre.float()
+        square = block.square()
+        away[:, start : start + step] = off.square().sum(1, keepdim=True) - 2 * off @ block.T + square.sum(1)
+        x0 = torch.maximum(torch.add(fixed, square, alpha=1 / m), least)
+        weight = sd * x0.rsqrt() / 2
+        constant = (x0.add_(square, alpha=1 / m) * weight).sum(1)
+        # Both products of one: the linear terms of all sets.
+        roots[:, start : start + step] = constant + (variance + off.square() / m) @ weight.T - (2 / m * off) @ weight.mul_(block).T
+    along = (y @ mean.float().T).T  # g x n
+    norm = mean.float().square().sum(1, keepdim=True)
+    moved = norm + 2 * (along - norm) / m + away / m**2  # of the new mean
+    spread = torch.full_like(moved, float(problem.sd.square().sum()))
+    if m > 1:
+        spread += variance.sum(1, keepdim=True) + away / m - 2 * roots
+    ce = (at.keep.double() @ problem.ce[at.rows])[:, None] + problem.ce
+    return options.statistics * (options.mean_weight * moved + spread) + (problem.beta / m * ce).float()
 
 
-def _moments_of(problem: Problem, at: _Open, pairs: Tensor) -> Tensor:
-    """The same of p pairs, in float64."""
-    options, m, found = problem.options, at.size, []
-    for chunk in pairs.split(512):
-        keep = at.keep[chunk[:, 0]].double()
-        new, have = problem.y[chunk[:, 1]], problem.y[at.rows]
-        mean = (keep @ have + new) / m
-        variance = (keep @ have.square() + new.square() - m * mean.square()).clamp_(min=0) / max(m - 1, 1)
-        spread = (variance.sqrt() * (m > 1) - problem.sd).square().sum(1)
-        ce = (keep @ problem.ce[at.rows] + problem.ce[chunk[:, 1]]) / m
-        found.append(options.statistics * (options.mean_weight * mean.square().sum(1) + spread) + problem.beta * ce)
+def _moments_of(problem: Problem, at: _Open, pairs: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The same of p pairs, exact but for rounding."""
+    options, m = problem.options, at.size
+    y, sd = (problem.y, problem.sd) if dtype == torch.float64 else (problem.y32, problem.sd.float())
+    means, squares = (values.to(dtype) for values in _means_and_squares(problem, at))
+    losses = at.keep.double() @ problem.ce[at.rows]
+    found = []
+    for chunk in pairs.split(_block(y, y.shape[1])):
+        index, candidate = chunk.T
+        mean = means[index]
+        step = y[candidate].sub_(mean)
+        moved = torch.add(mean, step, alpha=1 / m).square().sum(1)
+        root = torch.addcmul(squares[index].div_(max(m - 1, 1)), step, step, value=1 / m).sqrt_() if m > 1 else torch.zeros_like(step)
+        spread = root.sub_(sd).square_().sum(1)
+        ce = (losses[index] + problem.ce[candidate]) / m
+        found.append(options.statistics * (options.mean_weight * moved + spread) + problem.beta * ce)
     return torch.cat(found)
 
 
@@ -390,9 +412,9 @@ def _swap(problem: Problem, rows: Tensor, parts: Parts) -> tuple[Tensor, dict[st
 
 def _accept(problem: Problem, rows: Tensor, current: float, pairs: Tensor, totals: Tensor) -> tuple[Tensor, float, int]:
     """The set after the best swap and those behind it that still help, its objective, and how many they were."""
-    rows, touched, taken, misses = rows.clone(), set(), 0, 0
+    rows, before, touched, taken, misses = rows.clone(), current, set(), 0, 0
     for (place, candidate), total in zip(pairs.tolist(), totals.tolist(), strict=True):
-        if total >= current or misses == MISSES:
+        if total >= before or misses == MISSES:
             break  # what helped the set before it changed may not any more, but what did not will not
         if place in touched or candidate in rows:
             continue
@@ -424,7 +446,7 @@ def _promising(problem: Problem, at: _Open, kept: int, pool: int, bound: float =
     pairs, whole = torch.stack([best // n, best % n], 1), passed <= kept
     if problem.kernel is not None and len(pairs) > POOL:
         iterations = WARM_ITERATIONS if pool < kept else 2 * WARM_ITERATIONS
-        warm = _transport(problem, at, pairs, iterations, (prices, u)) + moments[pairs[:, 0], pairs[:, 1]]
+        warm = _transport(problem, at, pairs, iterations, (prices, u)) + _moments_of(problem, at, pairs, torch.float32)
         passed = int((warm < bound).sum())
         pairs, whole = pairs[warm.topk(min(pool, passed), largest=False).indices], whole and passed <= pool
     elif len(pairs) > pool:
