@@ -3,9 +3,10 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,3 +45,17 @@ def cifar10() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real CIFAR-10 images are not at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def gadc_case() -> Callable[[str], dict[str, np.ndarray]]:
+    """Reads a reference case of the GADC selector by name: real features of one class, and what a long search found."""
+
+    def read(name: str) -> dict[str, np.ndarray]:
+        path = SHARED / "gadc" / f"{name}.npz"
+        if not path.is_file():
+            pytest.skip(f"the reference case is not at {path}")
+        with np.load(path) as case:
+            return dict(case)
+
+    return read

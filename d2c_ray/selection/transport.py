@@ -32,7 +32,10 @@ from d2c_ray.errors import UserError
 FLOAT32_RANGE, FLOAT64_RANGE = 60.0, 200.0  # largest C/epsilon whose kernel and potentials fit; above: log domain
 POOL, FINALISTS = 64, 4  # insertions evaluated exactly, and in float64
 WARM_ITERATIONS = 2
+SLOW = 1024  # sets evaluated on logarithms at most
+SMALL = 4096  # swaps that the last look evaluates without a screen
 MISSES = 8  # finalists in a row that do not help any more end a round
+SHIPPED = 0.9  # share of the mass below which a plan is not the one asked for
 GAIN = 1e-9  # relative; less is rounding
 
 
@@ -63,6 +66,7 @@ class Parts:
     transport: float
     statistics: float
     confidence: float
+    shipped: float  # share of the sources' mass that arrives; 1 where the iterations converged
 
     @property
     def total(self) -> float:
@@ -81,11 +85,13 @@ def gadc(
         features: n x d, of a frozen network. ce: n, the cross entropy of a classifier; None leaves the term out.
 
     Returns:
-        int64 rows, and facts: transport, statistics, confidence, objective, greedy_objective, epsilon, median,
-        iterations' domain, swaps, rounds, one_swap_optimal (every swap was evaluated), seconds.
+        int64 rows, and facts: transport, statistics, confidence, objective, greedy_objective, shipped, epsilon, median,
+        domain (of the iterations), swaps, rounds, seconds, and one_swap_optimal: every swap was evaluated, or in classes
+        of more than SMALL swaps left out only because its screen lies above the objective.
 
     Raises:
-        UserError: numbers that are not finite, a count outside of 1 to n, a class above options.max_class.
+        UserError: numbers that are not finite, a count outside of 1 to n, a class above options.max_class, an epsilon so
+            small that the iterations do not ship the mass.
     """
     started = time.perf_counter()
     if not 1 <= count <= len(features):
@@ -95,6 +101,11 @@ def gadc(
     problem = prepare(features, ce, options, device)
     rows = _insert(problem, count)
     greedy = objective(problem, rows)
+    if not greedy.shipped > SHIPPED:
+        raise UserError(
+            f"{options.iterations} Sinkhorn iterations at epsilon {problem.epsilon:.3g} ship {greedy.shipped:.1%} of the mass over distances up to "
+            f"{float(problem.cost.max()):.3g}, so the transport cost means nothing. A larger select.transport.epsilon (or epsilon_absolute), or more iterations, would do."
+        )
     rows, found = _swap(problem, rows, greedy)
     rows = _lowest_of_equals(problem, rows)
     parts = objective(problem, rows)
@@ -152,19 +163,15 @@ def objective(problem: Problem, rows: Tensor | np.ndarray) -> Parts:
     Iterations start from u = v = 1 and update u first; where the kernel would underflow they run on logarithms.
     """
     rows = torch.as_tensor(rows, device=problem.cost.device)
-    transport = _linear(problem, rows) if problem.kernel is not None else _logarithmic(problem, rows)
-    if not math.isfinite(transport):
-        raise UserError(
-            f"select.transport.epsilon gives no finite transport cost at epsilon {problem.epsilon:.3g} and distances up to {float(problem.cost.max()):.3g}; a larger one would do."
-        )
+    transport, shipped = _linear(problem, rows) if problem.kernel is not None else _logarithmic(problem, rows)
     chosen = problem.y[rows]
     sd = chosen.std(0) if len(rows) > 1 else torch.zeros_like(problem.sd)  # one image has no spread
     weights = problem.options
     moments = weights.mean_weight * chosen.mean(0).square().sum() + (sd - problem.sd).square().sum()
-    return Parts(transport, weights.statistics * float(moments), problem.beta * float(problem.ce[rows].mean()))
+    return Parts(transport, weights.statistics * float(moments), problem.beta * float(problem.ce[rows].mean()), shipped)
 
 
-def _linear(problem: Problem, rows: Tensor) -> float:
+def _linear(problem: Problem, rows: Tensor) -> tuple[float, float]:
     cost = problem.cost[rows].double()  # m x n
     kernel = cost.div(-problem.epsilon).exp_()
     # v is in units of kappa/n. The dummy's row of the kernel is one number, which cancels: 1.
@@ -173,10 +180,12 @@ def _linear(problem: Problem, rows: Tensor) -> float:
     for _ in range(problem.options.iterations):
         u = share / (kernel @ v)
         v = (u @ kernel).add_(dummy / v.sum()).reciprocal_()
-    return float(u @ (kernel.mul_(cost) @ v)) * problem.options.kappa / len(problem)
+    unit = problem.options.kappa / len(problem)
+    shipped = float(u @ (kernel @ v)) * unit
+    return float(u @ (kernel.mul_(cost) @ v)) * unit, shipped
 
 
-def _logarithmic(problem: Problem, rows: Tensor) -> float:
+def _logarithmic(problem: Problem, rows: Tensor) -> tuple[float, float]:
     cost = problem.cost[rows].double()  # m x n
     logits = cost / -problem.epsilon
     share, dummy = _masses(problem, len(rows), 0)
@@ -185,7 +194,9 @@ def _logarithmic(problem: Problem, rows: Tensor) -> float:
         u = math.log(share) - (logits + v).logsumexp(1)
         reserve = (math.log(dummy) if dummy else -math.inf) - v.logsumexp(0)
         v = -torch.logaddexp((logits + u[:, None]).logsumexp(0), reserve)
-    return float((logits + u[:, None] + v).exp_().mul_(cost).sum()) * problem.options.kappa / len(problem)
+    unit = problem.options.kappa / len(problem)
+    plan = (logits + u[:, None] + v).exp_()
+    return float((plan * cost).sum()) * unit, float(plan.sum()) * unit
 
 
 def _masses(problem: Problem, count: int, places: int) -> tuple[float, float]:
@@ -345,7 +356,7 @@ def _transport(problem: Problem, at: _Open, pairs: Tensor, iterations: int, star
     """
     if problem.kernel is None:
         sets = [torch.cat([at.rows[at.keep[index]], candidate[None]]) for index, candidate in pairs]
-        return torch.tensor([_logarithmic(problem, rows) for rows in sets], dtype=torch.float64, device=pairs.device)
+        return torch.tensor([_logarithmic(problem, rows)[0] for rows in sets], dtype=torch.float64, device=pairs.device)
     kernel = torch.cat([problem.kernel[at.rows], torch.ones_like(problem.kernel[:1])])  # r + 1 x n, the dummy last
     weighted = kernel[:-1] * problem.cost[at.rows]
     share, dummy = _masses(problem, at.size, 0)
@@ -381,7 +392,7 @@ def _insert(problem: Problem, count: int) -> Tensor:
     rows = torch.empty(0, dtype=torch.int64, device=problem.cost.device)
     for _ in range(count):
         at = _insertion(rows)
-        pairs, _, _ = _promising(problem, at, 8 * POOL, POOL)
+        pairs = _promising(problem, at, 8 * POOL, POOL).pairs
         sets = [torch.cat([rows, candidate[None]]) for _, candidate in pairs[:FINALISTS]]
         values = [objective(problem, chosen).total for chosen in sets]
         least = min(values)
@@ -394,26 +405,39 @@ def _insert(problem: Problem, count: int) -> Tensor:
 def _swap(problem: Problem, rows: Tensor, parts: Parts) -> tuple[Tensor, dict[str, Any]]:
     """1-swaps until none helps, or `swap_rounds`. A round takes the best swap and then others that still help."""
     current, swaps, rounds, optimal = parts.total, 0, 0, False
+    pool = POOL + len(rows)
+    looks = [(8 * pool, pool), (64 * pool, 8 * pool), (problem.options.verify, problem.options.verify)]
+    looks = looks[:1] + [look for look in looks[1:] if looks[0][0] < look[0] <= problem.options.verify]
     while rounds < problem.options.swap_rounds and not optimal:
         rounds += 1
-        quick = (min(512 + 32 * len(rows), 4096), POOL + len(rows))
-        taken, whole = 0, False
-        for kept, pool in (quick, (problem.options.verify, problem.options.verify)):
-            pairs, totals, whole = _promising(problem, _swaps(rows), kept, pool, current)
-            rows, current, taken = _accept(problem, rows, current, pairs, totals)
+        taken, above = 0, 0.0
+        for kept, exact in looks:
+            found = _promising(problem, _swaps(rows), kept, exact, current, above)
+            above = max(above, found.above)
+            rows, current, taken = _accept(problem, rows, current, found)
             if taken:
                 break
+            optimal = found.whole
         swaps += taken
         if not taken:
-            optimal = whole
             break
     return rows, {"swaps": swaps, "rounds": rounds, "one_swap_optimal": optimal}
 
 
-def _accept(problem: Problem, rows: Tensor, current: float, pairs: Tensor, totals: Tensor) -> tuple[Tensor, float, int]:
+@dataclass(frozen=True)
+class _Found:
+    """(open set, candidate) pairs, p x 2, with their objectives, the lowest first, ties by row."""
+
+    pairs: Tensor
+    totals: Tensor
+    whole: bool  # no pair was left out but for its screen
+    above: float  # how far a screen lay above the truth at most
+
+
+def _accept(problem: Problem, rows: Tensor, current: float, found: _Found) -> tuple[Tensor, float, int]:
     """The set after the best swap and those behind it that still help, its objective, and how many they were."""
     rows, before, touched, taken, misses = rows.clone(), current, set(), 0, 0
-    for (place, candidate), total in zip(pairs.tolist(), totals.tolist(), strict=True):
+    for (place, candidate), total in zip(found.pairs.tolist(), found.totals.tolist(), strict=True):
         if total >= before or misses == MISSES:
             break  # what helped the set before it changed may not any more, but what did not will not
         if place in touched or candidate in rows:
@@ -429,32 +453,37 @@ def _accept(problem: Problem, rows: Tensor, current: float, pairs: Tensor, total
     return rows, current, taken
 
 
-def _promising(problem: Problem, at: _Open, kept: int, pool: int, bound: float = math.inf) -> tuple[Tensor, Tensor, bool]:
-    """(open set, candidate) pairs with their objective, the lowest first, ties by row; and whether none was cut but by `bound`.
+def _promising(problem: Problem, at: _Open, kept: int, pool: int, bound: float = math.inf, slack: float = 0.0) -> _Found:
+    """The pairs with the lowest objectives, by screens of falling speed and rising truth.
 
-    Screens of falling speed and rising truth: fixed potentials for all pairs, a few warm iterations for the best `kept`,
-    the exact number for the best `pool`. Screens come from below, since what starts too cheap, the open place's share
-    of the class, gets dearer with every iteration; so a screen at `bound` and above ends a pair's case.
+    Fixed potentials for all pairs, a few warm iterations for the best `kept`, the exact number for the best `pool`.
+    A screen mostly comes from below: the open place starts too cheap and gets dearer with the iterations. So one that
+    is above `bound` by more than `slack`, twice what was seen so far, ends its pair's case.
     """
     sets, n = len(at.keep), len(problem)
+    every = sets * (n - len(at.rows))
+    bound = math.inf if every <= SMALL else bound + 2 * slack
     moments = _moments(problem, at)
     prices = _prices(problem, at)
     fixed, u = _fixed(problem, at, prices)
     guess = (fixed + moments).index_fill_(1, at.rows, torch.inf).flatten()
-    passed = int((guess < bound).sum())
+    passed = min(int((guess < bound).sum()), every)
     best = guess.topk(min(kept, passed), largest=False).indices
     pairs, whole = torch.stack([best // n, best % n], 1), passed <= kept
-    if problem.kernel is not None and len(pairs) > POOL:
+    if problem.kernel is not None and (len(pairs) > pool or every > SMALL):
         iterations = WARM_ITERATIONS if pool < kept else 2 * WARM_ITERATIONS
         warm = _transport(problem, at, pairs, iterations, (prices, u)) + _moments_of(problem, at, pairs, torch.float32)
         passed = int((warm < bound).sum())
         pairs, whole = pairs[warm.topk(min(pool, passed), largest=False).indices], whole and passed <= pool
-    elif len(pairs) > pool:
-        pairs, whole = pairs[:pool], False
+    elif problem.kernel is None:
+        pool = min(pool, SLOW)
+        pairs, whole = pairs[:pool], whole and len(pairs) <= pool
     pairs = pairs[torch.argsort(pairs[:, 1] * sets + pairs[:, 0])]
-    totals = _transport(problem, at, pairs, problem.options.iterations) + _moments_of(problem, at, pairs)
+    transport = _transport(problem, at, pairs, problem.options.iterations)
+    above = float((fixed[pairs[:, 0], pairs[:, 1]] - transport).max()) if len(pairs) else 0.0
+    totals = transport + _moments_of(problem, at, pairs)
     order = totals.argsort(stable=True)
-    return pairs[order], totals[order], whole
+    return _Found(pairs[order], totals[order], whole, max(above, 0.0))
 
 
 def _lowest_of_equals(problem: Problem, rows: Tensor) -> Tensor:
