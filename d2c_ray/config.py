@@ -416,7 +416,9 @@ def check(config: Config) -> None:
         raise UserError(f"select.cutoff={select.cutoff} is the share of each class, the hardest, that is left out; 0 to below 1 would do.")
     transport = select.transport
     if transport.kappa < 1.0:
-        raise UserError(f"select.transport.kappa={transport.kappa}: the class cannot take all that is shipped; 1 (balanced) or more would do.")
+        raise UserError(
+            f"select.transport.kappa={transport.kappa}: the class cannot take all that is shipped; 1 (balanced) or more would do."
+        )
     for key in ("gamma", "epsilon_absolute", "statistics", "mean_weight", "confidence"):
         if not 0.0 <= getattr(transport, key) < float("inf"):
             raise UserError(f"select.transport.{key}={getattr(transport, key)} must be 0 or above.")

@@ -174,7 +174,7 @@ def test_greedy_weighs_confidence_as_the_swaps_do() -> None:
 def test_distinct_rows_and_the_same_ones_in_any_order_and_scale(count: int, extra: int, seed: int) -> None:
     y, ce = one_class(count + extra, 4, seed)
     rows, _ = transport.gadc(y, ce, count, OPTIONS)
-    assert rows.dtype == np.int64 and len(set(rows.tolist())) == count and 0 <= rows.min() and rows.max() < len(y)
+    assert rows.dtype == np.int64 and len(set(rows.tolist())) == count and rows.min() >= 0 and rows.max() < len(y)
     order = np.random.default_rng(seed).permutation(len(y))
     assert set(order[transport.gadc(y[order], ce[order], count, OPTIONS)[0]].tolist()) == set(rows.tolist())
     assert transport.gadc(100 * y, ce, count, OPTIONS)[0].tolist() == rows.tolist()
@@ -205,7 +205,7 @@ def test_tiny_epsilon_gives_numbers_or_an_error() -> None:
     """Far beyond what an exponential holds the iterations run on logarithms; where they ship nothing, that is said."""
     y, ce = one_class(60)
     for epsilon, domain in ((0.05, "logarithms"), (0.3, "float64"), (1.0, "float32")):
-        options = replace(OPTIONS, epsilon_absolute=epsilon, iterations=300)
+        options = replace(OPTIONS, epsilon_absolute=epsilon, iterations=100, swap_rounds=2)
         problem = transport.prepare(y, ce, options)
         rows, facts = transport.gadc(y, ce, 4, options)
         assert facts["domain"] == domain
@@ -216,7 +216,7 @@ def test_tiny_epsilon_gives_numbers_or_an_error() -> None:
         # One-sided transport cannot cost less than every image's share of the nearest ones.
         nearest = np.sort(np.square(y[rows][:, None].astype(np.float64) - y).sum(2), axis=1)[:, : int(60 / (4 * 1.05))]
         assert facts["transport"] > 0.9 * nearest.mean()
-    with pytest.raises(UserError, match=r"ship 0\.0% of the mass.*select.transport.epsilon"):
+    with pytest.raises(UserError, match=r"ship 7\.0% of the mass.*select.transport.epsilon"):
         transport.gadc(y, ce, 4, replace(OPTIONS, epsilon_absolute=1e-6))
 
 
