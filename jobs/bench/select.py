@@ -1,11 +1,17 @@
 """Selection from score files to the selection's files: how long it takes, and in how much memory.
 
-    python jobs/bench/select.py [--quick] [--only interval,large]
+    python jobs/bench/select.py [--quick] [--only interval,large,gadc,geometry]
 
 interval  1.28M scores of 1,000 classes in 313 parts, against DuckDB doing the same from the same files
 large     100M scores (--quick: 4M) as partitions on Ray: seconds, and the memory of the driver, Ray and its object store
 
-Two threads. The last line is one JSON object.
+gadc      10 images of a class of 500 and of one of 1,300, and 50 and 100 of the latter, against the plain search
+geometry  herding and k-center, 100 of 1,300 x 2,048, against the plain double loops
+
+gadc's classes are reference cases where those are at hand (NAME.npz: features, ce, objective_refined, seconds_greedy and
+seconds_refine of the published search), else random correlated features without recorded figures; `gadc_features` says.
+
+Two threads, gadc and geometry one. The last line is one JSON object.
 """
 
 import os
@@ -22,20 +28,28 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
 import psutil
 import pyarrow as pa
+import torch
 
 from d2c_ray import schema
-from d2c_ray.config import ResourcesConfig, SelectConfig
+from d2c_ray.config import ResourcesConfig, SelectConfig, TransportConfig
 from d2c_ray.data import tables
 from d2c_ray.distributed import cluster
+from d2c_ray.selection import transport
+from d2c_ray.selection.geometry import herding, k_center
 from d2c_ray.stages.select import select
 
 CLASSES, STEPS, THREADS = 1000, 16, 2
 SETTINGS = SelectConfig(budget=10_000, f=0.75)
+OPTIONS = TransportConfig()
+CASES = ("cat_500", "ship_1300")
+RUNS = 3  # of what takes a second; the median counts
+REFERENCES = Path(__file__).resolve().parents[3] / "shared" / "data" / "gadc"  # where there are some
 
 
 def write_scores(folder: Path, rows: int, rows_per_part: int) -> list[Path]:
@@ -162,7 +176,123 @@ def bench_large(root: Path, quick: bool) -> dict:
     }  # fmt: skip
 
 
-PARTS = {"interval": bench_interval, "large": bench_large}
+def random_features(count: int, width: int, seed: int = 0) -> np.ndarray:
+    """Skewed, correlated, in clusters, as pooled activations are; the median squared distance is some 200."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(64, width))
+    y = np.maximum((rng.normal(size=(count, 64)) + rng.normal(size=(8, 64))[rng.integers(0, 8, count)]) @ mix, 0)
+    return (y * np.sqrt(200 / np.median(np.square(y[:200, None] - y[None, :200]).sum(2)))).astype(np.float32)
+
+
+def cases(root: Path, quick: bool) -> dict[str, dict[str, np.ndarray]]:
+    names = CASES[:1] if quick else CASES
+    if all((root / f"{name}.npz").is_file() for name in names):
+        return {name: dict(np.load(root / f"{name}.npz")) for name in names}
+    sizes = (500,) if quick else (500, 1300)
+    rng = np.random.default_rng(1)
+    return {f"random_{n}": {"features": random_features(n, 1280), "ce": rng.exponential(size=n).astype(np.float32) * 0.01} for n in sizes}
+
+
+def plain_objectives(y: torch.Tensor, ce: torch.Tensor, sets: torch.Tensor, median: float) -> torch.Tensor:
+    """The objective of a batch of sets, p x m, as it is published: every set's distances anew, float32."""
+    chosen, n, m = y[sets], len(y), sets.shape[1]
+    cost = torch.cdist(chosen, y.expand(len(sets), -1, -1)).square()
+    full = torch.cat([cost, torch.full((len(sets), 1, n), OPTIONS.gamma * median)], 1)
+    kernel = torch.exp(-full / (OPTIONS.epsilon * median))
+    source = torch.cat([torch.full((m,), 1 / m), torch.tensor([OPTIONS.kappa - 1])])
+    u, v = torch.ones(len(sets), m + 1), torch.ones(len(sets), n)
+    for _ in range(OPTIONS.iterations):
+        u = source / (kernel @ v[:, :, None])[:, :, 0]
+        v = OPTIONS.kappa / n / (u[:, None] @ kernel)[:, 0]
+    moved = ((u[:, :, None] * kernel * v[:, None])[:, :-1] * cost).sum((1, 2))
+    mean, sd = chosen.mean(1) - y.mean(0), chosen.std(1) - y.std(0)
+    moments = OPTIONS.mean_weight * mean.square().sum(1) + sd.square().sum(1)
+    return moved + OPTIONS.statistics * moments + OPTIONS.confidence * median * ce[sets].mean(1)
+
+
+def bench_gadc(_: Path, quick: bool) -> dict[str, Any]:
+    """10 images of a class of 500 and of one of 1,300, and 50 and 100 of the latter.
+
+    The plain search's time in the same run is its time for a slice of sets, times the sets that it would look at:
+    every insertion, and every swap for each one accepted and once more.
+    """
+    found: dict[str, Any] = {}
+    ratios, speedups, same = [], [], []
+    given = cases(REFERENCES, quick)
+    found["gadc_features"] = "real" if next(iter(given)) in CASES else "random"
+    for name, case in given.items():
+        y, ce = case["features"].astype(np.float32), case["ce"].astype(np.float32)
+        n, rows = len(y), np.empty(0, np.int64)
+        processor = time.process_time()
+        runs = [transport.gadc(y, ce, 10, OPTIONS) for _ in range(RUNS)]
+        found[f"gadc_{name}_processor_seconds"] = (time.process_time() - processor) / RUNS
+        rows, facts = sorted(runs, key=lambda run: run[1]["seconds"])[RUNS // 2]
+        found[f"gadc_{name}_seconds"], found[f"gadc_{name}_objective"] = facts["seconds"], facts["objective"]
+        if "seconds_refine" in case:
+            speedups.append(float(case["seconds_greedy"] + case["seconds_refine"]) / facts["seconds"])
+            ratios.append(facts["objective"] / float(case["objective_refined"]))
+        rng = np.random.default_rng(0)
+        others = rng.permutation(np.setdiff1d(np.arange(n), rows))[: 64 if quick else 256]
+        sets = torch.from_numpy(np.stack([np.append(rows[:9], other) for other in others]))
+        started = time.perf_counter()
+        values = torch.cat([plain_objectives(torch.from_numpy(y), torch.from_numpy(ce), part, facts["median"]) for part in sets.split(64)])
+        each = (time.perf_counter() - started) / len(sets)
+        problem = transport.prepare(y, ce, OPTIONS)
+        ours = torch.tensor([transport.objective(problem, chosen).total for chosen in sets[:16]])
+        found[f"gadc_{name}_evaluator_difference"] = float((values[:16] / ours - 1).abs().max())
+        found[f"gadc_{name}_plain_seconds_256_sets"] = 256 * each
+        looked = sum(n - k for k in range(10)) + (facts["swaps"] + 1) * 10 * (n - 10)
+        same.append(looked * each / facts["seconds"])
+    found |= {"gadc_speedup": min(speedups, default=None), "gadc_objective_ratio": max(ratios, default=None)}
+    found["gadc_speedup_same_run"] = min(same)
+    for count in (50, 100):
+        _, facts = transport.gadc(y, ce, count, OPTIONS)
+        found |= {f"gadc_{count}_seconds": facts["seconds"], f"gadc_{count}_objective": facts["objective"]}
+        found |= {
+            f"gadc_{count}_gain_over_greedy": 1 - facts["objective"] / facts["greedy_objective"],
+            f"gadc_{count}_swaps": facts["swaps"],
+        }
+    return found
+
+
+def plain_herding(y: np.ndarray, count: int) -> list[int]:
+    mean, total, rows = y.mean(0), np.zeros_like(y[0]), []
+    for k in range(1, count + 1):
+        gaps = np.linalg.norm(mean - (total + y) / k, axis=1)
+        gaps[rows] = np.inf
+        rows.append(int(gaps.argmin()))
+        total = total + y[rows[-1]]
+    return rows
+
+
+def plain_k_center(y: np.ndarray, count: int) -> list[int]:
+    rows = [int(np.linalg.norm(y - y.mean(0), axis=1).argmin())]
+    nearest = np.full(len(y), np.inf)
+    while len(rows) < count:
+        nearest = np.minimum(nearest, np.linalg.norm(y - y[rows[-1]], axis=1))
+        rows.append(int(nearest.argmax()))
+    return rows
+
+
+def bench_geometry(_: Path, quick: bool) -> dict[str, Any]:
+    """100 of 1,300 x 2,048 random features, both ways in float64: seconds and whether the picks agree."""
+    y = random_features(300 if quick else 1300, 2048)
+    found: dict[str, Any] = {}
+    for name, ours, plain in (("herding", herding, plain_herding), ("kcenter", k_center, plain_k_center)):
+        seconds = []
+        for _ in range(RUNS):
+            started = time.perf_counter()
+            rows = ours(y, 100)
+            seconds.append(time.perf_counter() - started)
+        found[f"{name}_seconds"] = statistics.median(seconds)
+        started = time.perf_counter()
+        expected = plain(y.astype(np.float64), 100)
+        found[f"{name}_plain_seconds"] = time.perf_counter() - started
+        found[f"{name}_same_picks"] = rows.tolist() == expected
+    return found
+
+
+PARTS = {"interval": bench_interval, "large": bench_large, "gadc": bench_gadc, "geometry": bench_geometry}
 
 
 def main() -> None:
@@ -171,6 +301,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     arguments = parser.parse_args()
     pa.set_cpu_count(THREADS)
+    torch.set_num_threads(1)
     chosen = [name for name in PARTS if name in arguments.only.split(",")]
     figures: dict = {"quick": arguments.quick, "cores": len(os.sched_getaffinity(0)), "numpy": np.__version__, "duckdb": duckdb.__version__}
     with tempfile.TemporaryDirectory() as folder:
