@@ -112,6 +112,15 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
+class EmbedConfig:
+    """The frozen feature space that herding, k-center and gadc select in."""
+
+    encoder: str = "efficientnet-lite0"  # efficientnet-lite0 | efficientnet-lite2; not the one evaluate measures in
+    image_size: int = 96  # pixels a side the encoder sees
+    device_batch: int = 32  # images a forward, always
+
+
+@dataclass(frozen=True)
 class TransportConfig:
     """GADC's objective and its search; the published values where there are any."""
 
@@ -218,6 +227,7 @@ class Config:
     vae: VaeConfig = field(default_factory=VaeConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
+    embed: EmbedConfig = field(default_factory=EmbedConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     attach: AttachConfig = field(default_factory=AttachConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -230,6 +240,7 @@ class Config:
     arms: dict[str, Any] = field(default_factory=dict)
 
 
+FEATURE_SELECTORS = ("herding", "k_center", "gadc")
 DEFAULT_F = 0.75  # of the interval selector when neither k nor f is given; the published 10K setting
 ARM_SECTIONS = ("select", "attach", "model", "train")
 
@@ -244,7 +255,8 @@ CHOICES = {
     "train.precision": ("fp32", "bf16"),
     "teacher.train.precision": ("fp32", "bf16"),
     "score.precision": ("fp32", "bf16", "fp16"),
-    "select.selector": ("interval", "random", "easiest", "hardest", "medium", "stratified"),
+    "embed.encoder": ("efficientnet-lite0", "efficientnet-lite2"),
+    "select.selector": ("interval", "random", "easiest", "hardest", "medium", "stratified", *FEATURE_SELECTORS),
     "select.balance": ("equal", "proportional"),
     "attach.text.encoder": ("none", "minilm"),
     "attach.vision.encoder": ("none", "efficientnet-lite0"),
@@ -263,7 +275,7 @@ MINIMUM = {
     "train.num_images": 1, "train.batch_size": 1, "train.log_every": 1, "train.checkpoint_every": 1,
     "train.keep_checkpoints": 1, "teacher.train.num_images": 1, "teacher.train.batch_size": 1,
     "teacher.train.log_every": 1, "teacher.train.checkpoint_every": 1, "teacher.train.keep_checkpoints": 1,
-    "score.num_timesteps": 1, "score.device_batch": 1, "select.k": 0, "select.strata": 1, "attach.text.tokens": 1,
+    "score.num_timesteps": 1, "score.device_batch": 1, "embed.image_size": 32, "embed.device_batch": 1, "select.k": 0, "select.strata": 1, "attach.text.tokens": 1,
     "select.transport.iterations": 1, "select.transport.swap_rounds": 0, "select.transport.verify": 0, "select.transport.max_class": 1,
     "attach.vision.image_size": 32, "attach.vision.device_batch": 1, "attach.rows_per_part": 1,
     "sample.num_images": 1, "sample.steps": 1, "sample.device_batch": 1, "evaluate.image_size": 32,
@@ -465,6 +477,11 @@ def check(config: Config) -> None:
     wanted = {"sit": "euler", "dit": "ddpm"}[config.model.kind]
     if config.sample.sampler not in ("auto", wanted):
         raise UserError(f"sample.sampler={config.sample.sampler} does not fit model.kind={config.model.kind}; '{wanted}' would do.")
+    if config.evaluate.network == config.embed.encoder and config.select.selector in FEATURE_SELECTORS:
+        raise UserError(
+            f"evaluate.network={config.evaluate.network} is also the space that select.selector={config.select.selector} chooses in (embed.encoder); "
+            "a distance in its features would flatter it. Take another, for example efficientnet-lite0."
+        )
     if config.evaluate.network == config.attach.vision.encoder:
         raise UserError(
             f"evaluate.network={config.evaluate.network} is also the network the students are aligned with (attach.vision.encoder); "

@@ -4,24 +4,29 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from d2c_ray import plan as plans
-from d2c_ray.config import Config, to_yaml
-from d2c_ray.errors import UserError
+from d2c_ray.config import CHOICES, Config, EmbedConfig, to_yaml
+from d2c_ray.errors import UserError, nearest
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
 from d2c_ray.rundir import Lock, versions, write_json, write_text
 
-ON_RAY = {"teacher", "score", "attach", "train", "sample", "reference", "evaluate"}
+ON_RAY = {"teacher", "score", "embed", "attach", "train", "sample", "reference", "evaluate"}
 WORKERS_OF = {"train": "train_workers", "teacher": "teacher_workers"}
 Say = Callable[[str], None]
 
 
-def run(config: Config, upto: str = "report", say: Say = print) -> Plan:
+def run(config: Config, upto: str = "report", say: Say = print, record: bool = True) -> Plan:
     """Runs every stage up to `upto` that is not finished yet, and what it needs.
+
+    Args:
+        record: say in the run folder's config.yaml, plan.json and status.json that this is the run.
 
     Returns:
         The plan, all of its stages up to `upto` finished.
@@ -29,21 +34,49 @@ def run(config: Config, upto: str = "report", say: Say = print) -> Plan:
     Raises:
         UserError: bad input, before any stage that needs a cluster starts wherever that can be seen.
     """
-    plan = plans.make(config)
+    plan = plans.make(config, upto)
     with Lock(plan.folder):
-        return _run(plan, upto, say)
+        return _run(plan, upto, say, record)
 
 
-def _run(plan: Plan, upto: str, say: Say) -> Plan:
+def compare_selectors(config: Config, names: list[str], say: Say = print) -> tuple[dict[str, Any], Path]:
+    """Runs several selectors at the configuration's budget and compares their subsets in a space that none selected in.
+
+    Args:
+        names: selectors; empty: all.
+
+    Returns:
+        What was found, and the folder with selectors.json and selectors.html.
+
+    Raises:
+        UserError: an unknown selector; else as `run`.
+    """
+    known = CHOICES["select.selector"]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--only {name}: no such selector; one of {', '.join(map(str, known))}{nearest(name, list(map(str, known)))}")
+    arms = {str(name): {"select": {"selector": str(name)}} for name in known if not names or name in names}
+    space = EmbedConfig(config.evaluate.network, config.evaluate.image_size, config.evaluate.device_batch)
+    plan = run(replace(config, arms=arms), "select", say, record=False)
+    # Nothing is selected in the space that measures; `check` has refused that for the selectors that look at features.
+    measured = run(replace(config, embed=space, arms={}, select=replace(config.select, selector="random")), "embed", say, record=False)
+    from d2c_ray.report import selectors
+
+    out = plan.folder / "selectors"
+    return selectors.compare(plan, measured.of("embed")[0], space, out), out
+
+
+def _run(plan: Plan, upto: str, say: Say, record: bool) -> Plan:
     config = plan.config
-    write_text(plan.folder / "config.yaml", to_yaml(config))
-    status = Status(plan)
+    status = Status(plan, record)
+    if record:
+        write_text(plan.folder / "config.yaml", to_yaml(config))
     (manifest,) = plan.of("manifest")
     _run_all([manifest], 1, status, say)
     if upto == "manifest":
         return plan
     plans.check_against_data(plan, manifest.dir.success()["facts"])
-    wanted = [node for node in plan.nodes if node is not manifest and _needed(node.stage, upto)]
+    wanted = [node for node in plan.needed(upto if upto in plans.STAGES else "evaluate") if node is not manifest]
     slots = 1
     rows = manifest.dir.success()["facts"]["rows"]
     on_ray = any(_on_ray(node, rows) and not node.dir.done for node in wanted)
@@ -64,16 +97,9 @@ def _run(plan: Plan, upto: str, say: Say) -> Plan:
 
 
 def _on_ray(node: Node, rows: int) -> bool:
-    """Whether a stage needs Ray; select does only with more rows than it ranks at once."""
-    return node.stage in ON_RAY or (node.stage == "select" and rows > node.config.resources.rows_per_partition)
-
-
-def _needed(stage: str, upto: str) -> bool:
-    """Whether `stage` is `upto` or something it reads, directly or not."""
-    if upto == "report" or stage == upto:
-        return True
-    inputs = plans.STAGES[upto][0]
-    return any(_needed(stage, name) for name in inputs)
+    """Whether a stage needs Ray; select does where it looks at features, or has more rows than it ranks at once."""
+    many = rows > node.config.resources.rows_per_partition
+    return node.stage in ON_RAY or (node.stage == "select" and (many or "embed" in node.inputs))
 
 
 def _run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
@@ -110,6 +136,9 @@ def _schedule(waiting: list[Node], running: dict["Future[float]", tuple[Node, in
             say(f"{_title(node, status)}: done in {clock(future.result())}")
             if node.stage == "score":
                 _say_stability(node.dir.success()["facts"], say)
+            if node.stage == "select":
+                for notice in node.dir.success()["facts"].get("notices", []):
+                    say(f"{_title(node, status)}: {notice}")
         time.sleep(0.05)
 
 
@@ -228,13 +257,14 @@ def _in_thread(work: Callable[[], float]) -> "Future[float]":
 class Status:
     """status.json: the state of every stage's folder, readable while the run goes on."""
 
-    def __init__(self, plan: Plan):
-        self._plan = plan
+    def __init__(self, plan: Plan, record: bool = True):
+        self._plan, self._record = plan, record
         self.num_arms = len(plan.arms)
         self._path = plan.folder / "status.json"
         self._states: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
-        write_json(plan.folder / "plan.json", plan.to_json())
+        if record:
+            write_json(plan.folder / "plan.json", plan.to_json())
         self.write()
 
     def set(self, node: Node, state: str, error: str = "") -> None:
@@ -243,6 +273,8 @@ class Status:
         self.write()
 
     def write(self) -> None:
+        if not self._record:
+            return
         with self._lock:
             stages = {
                 node.name: self._states.get(node.name, {"state": "done" if node.dir.done else "waiting"}) for node in self._plan.nodes

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from d2c_ray.config import Config, arm_configs, to_dict
+from d2c_ray.config import FEATURE_SELECTORS, Config, arm_configs, to_dict
 from d2c_ray.data import manifest
 from d2c_ray.errors import UserError
 from d2c_ray.models import frozen, latents, teachers
@@ -22,8 +22,19 @@ from d2c_ray.selection import rank
 from d2c_ray.training.batches import BLOCK
 
 # In the order they run. Raise a stage's number when the same configuration starts to give another result.
-VERSIONS = {"manifest": 1, "teacher": 1, "score": 1, "select": 2, "attach": 1, "train": 1, "sample": 1, "reference": 1, "evaluate": 1}
-FOLDERS = {"score": "scores", "select": "selection", "attach": "condensed", "sample": "samples", "evaluate": "eval"}
+VERSIONS = {
+    "manifest": 1,
+    "teacher": 1,
+    "score": 1,
+    "embed": 1,
+    "select": 2,
+    "attach": 1,
+    "train": 1,
+    "sample": 1,
+    "reference": 1,
+    "evaluate": 1,
+}
+FOLDERS = {"score": "scores", "embed": "features", "select": "selection", "attach": "condensed", "sample": "samples", "evaluate": "eval"}
 TRAIN_KNOBS = ("log_every", "checkpoint_every", "keep_checkpoints")
 
 
@@ -59,6 +70,16 @@ class Plan:
     def of(self, stage: str) -> list[Node]:
         return [node for node in self.nodes if node.stage == stage]
 
+    def needed(self, stage: str) -> list[Node]:
+        """The nodes of a stage and all that they read, in the order of the stages."""
+        found: dict[str, Node] = {}
+        stack = self.of(stage)
+        while stack:
+            node = stack.pop()
+            found[node.name] = node
+            stack += node.inputs.values()
+        return [node for node in self.nodes if node.name in found]
+
     def to_json(self) -> dict[str, Any]:
         """plan.json: what will run, what is there, and which arm uses what."""
         return {
@@ -76,8 +97,11 @@ class Plan:
         }
 
 
-def make(config: Config) -> Plan:
+def make(config: Config, upto: str = "report") -> Plan:
     """Plans a run, reading no image and starting nothing.
+
+    Args:
+        upto: the last stage that is wanted; the plan holds it, and else what the report needs.
 
     Raises:
         UserError: a source, a checkpoint or weights that are not there, shapes that do not fit.
@@ -88,8 +112,11 @@ def make(config: Config) -> Plan:
     arms: dict[str, dict[str, Node]] = {}
     for arm, own in arm_configs(config).items():
         mine: dict[str, Node] = {}
+        needed = needs("evaluate", own) | needs(upto if upto in STAGES else "evaluate", own)
         for stage, (inputs, hashed) in STAGES.items():
-            given = {name: mine[name] for name in inputs}
+            if stage not in needed:
+                continue
+            given = {name: mine[name] for name in inputs(own)}
             facts = {
                 "stage": stage,
                 "version": VERSIONS[stage],
@@ -106,6 +133,11 @@ def make(config: Config) -> Plan:
         arms[arm] = mine
     order = list(STAGES)
     return Plan(config, folder, sorted(nodes.values(), key=lambda node: order.index(node.stage)), arms)
+
+
+def needs(stage: str, config: Config) -> set[str]:
+    """A stage and all that it reads, directly or not."""
+    return {stage}.union(*(needs(name, config) for name in STAGES[stage][0](config)))
 
 
 def _pick(section: Any, *names: str) -> dict[str, Any]:
@@ -146,8 +178,12 @@ def _score(config: Config) -> dict[str, Any]:
     return {**_latent(config), "score": _without(config.score, "cache_latents")}
 
 
+def _embed(config: Config) -> dict[str, Any]:
+    return {**_image(config), **to_dict(config.embed), "weights": frozen.file_hash(frozen.weights_file(config.embed.encoder))}
+
+
 def _select(config: Config) -> dict[str, Any]:
-    return to_dict(config.select)
+    return _without(config.select, *(() if config.select.selector == "gadc" else ("transport",)))
 
 
 def _attach(config: Config) -> dict[str, Any]:
@@ -181,17 +217,27 @@ def _evaluate(config: Config) -> dict[str, Any]:
     return _pick(config.evaluate, "neighbours")
 
 
+def _reads(*stages: str) -> Callable[[Config], tuple[str, ...]]:
+    return lambda config: stages
+
+
+def _selects_from(*stages: str) -> Callable[[Config], tuple[str, ...]]:
+    # A random choice needs no table, but is made among the images that can be decoded.
+    return lambda config: ("embed" if config.select.selector in FEATURE_SELECTORS else "score", *stages)
+
+
 # Stage: (its inputs, what of the configuration can change its result).
-STAGES: dict[str, tuple[tuple[str, ...], Callable[[Config], dict[str, Any]]]] = {
-    "manifest": ((), _manifest),
-    "teacher": (("manifest",), _teacher),
-    "score": (("manifest", "teacher"), _score),
-    "select": (("manifest", "score"), _select),
-    "attach": (("manifest", "score", "select"), _attach),  # score: for the latents it may have kept
-    "train": (("manifest", "attach"), _train),
-    "sample": (("train",), _sample),
-    "reference": (("manifest",), _reference),
-    "evaluate": (("manifest", "attach", "sample", "reference"), _evaluate),
+STAGES: dict[str, tuple[Callable[[Config], tuple[str, ...]], Callable[[Config], dict[str, Any]]]] = {
+    "manifest": (_reads(), _manifest),
+    "teacher": (_reads("manifest"), _teacher),
+    "score": (_reads("manifest", "teacher"), _score),
+    "embed": (_reads("manifest"), _embed),
+    "select": (_selects_from("manifest"), _select),
+    "attach": (_selects_from("manifest", "select"), _attach),  # the score table may have kept latents
+    "train": (_reads("manifest", "attach"), _train),
+    "sample": (_reads("train"), _sample),
+    "reference": (_reads("manifest"), _reference),
+    "evaluate": (_reads("manifest", "attach", "sample", "reference"), _evaluate),
 }
 
 
@@ -239,6 +285,12 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
             rank.quotas(sizes, rank.budget_images(own.select.budget, rows), own.select.balance)
         except UserError as error:
             raise UserError(str(error) if len(plan.arms) == 1 else f"arm '{arm}': {error}") from None
+        if own.select.selector == "gadc" and sizes.max() > own.select.transport.max_class:
+            largest = int(sizes.argmax())
+            raise UserError(
+                f"select.selector=gadc holds the distances of a class's images to each other: label {largest} has {sizes[largest]}, "
+                f"select.transport.max_class={own.select.transport.max_class} allows that for fewer ({8 * int(sizes[largest]) ** 2 / 2**30:.1f} GiB would be needed)."
+            )
         _check_batch("train.batch_size", own.train.batch_size, config.resources.train_workers)
         if own.attach.text.encoder != "none":
             nameless = [label for label, size in enumerate(sizes) if size and not names[label]]

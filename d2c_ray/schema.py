@@ -29,6 +29,14 @@ SCORES = {
     "shard": "int32",
 }
 
+EMBEDDINGS = {
+    "sample_id": "int64",
+    "key": "string",
+    "label": "int32",
+    "features": "tensor",  # float16, pooled features of a frozen encoder
+    "shard": "int32",
+}
+
 REJECTED = {"key": "string", "uri": "string", "stage": "string", "reason": "string"}
 
 SELECTION = {

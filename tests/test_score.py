@@ -32,7 +32,7 @@ from d2c_ray import plan as plans
 from d2c_ray.config import Config, ResourcesConfig, StorageConfig
 from d2c_ray.data import latent_cache, ledger, tables, units
 from d2c_ray.data.storage import StorageError
-from d2c_ray.distributed import cluster, ingest
+from d2c_ray.distributed import cluster, filling, ingest
 from d2c_ray.distributed import score as scoring
 from d2c_ray.distributed.actors import Scorer
 from d2c_ray.errors import UserError
@@ -540,7 +540,7 @@ def test_a_driver_killed_while_it_scores_loses_what_had_not_come_back(configured
         return in_full(work, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "stream", watched)
+        patch.setattr(filling, "stream", watched)
         folder = score(config)
     assert asked == [240 - len(there)], "the last run is asked for what is missing"
     assert kept and {path: path.stat().st_mtime_ns for path in kept} == kept

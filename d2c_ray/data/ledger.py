@@ -38,7 +38,7 @@ class Ledger:
     """
 
     def __init__(self, out: Path, shards: list[Shard], finish: Finish, metadata: dict[str, Any]):
-        self._out, self._finish, self._metadata = out, finish, metadata
+        self.out, self._finish, self._metadata = out, finish, metadata
         self._unfinished = out / "unfinished"
         self._shards = {shard.number: shard for shard in shards}
         self._runs: dict[int, list[tuple[int, int]]] = {}  # of shards that are not whole
@@ -65,7 +65,7 @@ class Ledger:
 
     def part(self, shard: int) -> Path:
         """Where a finished shard lies."""
-        return self._out / f"part-{shard:06d}.parquet"
+        return self.out / f"part-{shard:06d}.parquet"
 
     def todo(self, rows_per_unit: int) -> list[dict[str, Any]]:
         """Units that cover the rows that are not there."""
@@ -85,7 +85,7 @@ class Ledger:
         self.device = self.device or device
         if device != self.device:
             raise UserError(
-                f"'{self._out}' was begun on {self.device}, and this result comes from {device}: one table is made on one kind of hardware, "
+                f"'{self.out}' was begun on {self.device}, and this result comes from {device}: one table is made on one kind of hardware, "
                 "since the last bits of a score differ between kinds. Go on where it was begun, or move the folder away to begin anew."
             )
         shard, start, stop = unit["shard"], unit["start"], unit["stop"]
@@ -102,7 +102,7 @@ class Ledger:
         """
         missing = sum(unit["stop"] - unit["start"] for unit in self.todo(1 << 30))
         if missing:
-            raise RuntimeError(f"{self._out}: {missing} rows of {len(self._shards)} shards never came back")
+            raise RuntimeError(f"{self.out}: {missing} rows of {len(self._shards)} shards never came back")
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def _run(self, shard: int, start: int, stop: int) -> Path:

@@ -66,6 +66,11 @@ def tensor_values(table: pa.Table, name: str) -> np.ndarray:
     return np.concatenate(chunks) if len(chunks) != 1 else chunks[0]
 
 
+def tensor_shape(path: Path, name: str) -> list[int]:
+    """The shape of a row of a file's tensor column."""
+    return json.loads(pq.read_schema(path).field(name).metadata[b"shape"])
+
+
 def write(path: Path, table: pa.Table, metadata: dict[str, Any] | None = None, row_group_rows: int | None = None) -> None:
     """Writes a Parquet file whole, with `metadata` as JSON in its schema under the key 'd2c'."""
     if metadata is not None:

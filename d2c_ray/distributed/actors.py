@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from ray.util import metrics
 
-from d2c_ray.config import AttachConfig, DataConfig, EvaluateConfig, SampleConfig, ScoreConfig, StorageConfig, VaeConfig
+from d2c_ray.config import AttachConfig, DataConfig, EmbedConfig, EvaluateConfig, SampleConfig, ScoreConfig, StorageConfig, VaeConfig
 from d2c_ray.data import condensed, latent_cache, tables, units
 from d2c_ray.data.decode import decode, encode_png
 from d2c_ray.distributed.ingest import pack, unpack
@@ -39,7 +39,7 @@ class Scorer:
         self.teacher = teachers.load(teachers.resolve(teacher), target, score.precision, score.compile)
         self.vae = frozen.Vae(vae, target) if vae.path else None
         self.t = difficulty.timesteps(self.teacher.kind, score.num_timesteps, score.t_min, score.t_max)
-        self.clock = Clock(hardware(target))
+        self.clock = Clock(hardware(target), "scored", "scoring")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (unit,) = batch.column("unit").to_pylist()
@@ -64,15 +64,38 @@ class Scorer:
         return difficulty.errors(self.teacher, z, label, noise, self.t, self.score.device_batch).numpy()
 
 
+class FeatureExtractor:
+    """Pooled features of decoded images."""
+
+    def __init__(self, embed: EmbedConfig, device: str, threads: int):
+        torch.set_num_threads(threads)
+        target = torch.device(device)
+        self.encoder = frozen.VisionEncoder(embed.encoder, embed.image_size, target, embed.device_batch)
+        self.clock = Clock(hardware(target), "embedded", "embedding")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        (unit,) = batch.column("unit").to_pylist()
+        table = unpack(batch.column("payload"))
+        with self.clock.computing(len(table)):
+            features = self.encoder.pooled(torch.from_numpy(units.pixels_of(table))).numpy().astype(np.float16)
+        fields = tables.arrow_schema({"features": "tensor"}, {"features": ("float16", features.shape[1:])})
+        result = table.select(["sample_id", "key", "label", "shard"]).append_column(
+            fields.field("features"), tables.tensor_column(features)
+        )
+        metadata = {**table.schema.metadata, b"clock": json.dumps(self.clock.facts()).encode()}
+        return pack(unit, result.replace_schema_metadata(metadata))
+
+
 class Clock:
     """How much of an actor's time it computes, told with every result and as Ray metrics."""
 
-    def __init__(self, hardware: str):
+    def __init__(self, hardware: str, done: str, doing: str):
         self.hardware = hardware
         self.actor = uuid.uuid4().hex
         self.first = self.last = self.seconds = 0.0
-        self.images = metrics.Counter("d2c_scored_images", "Images scored.")
-        self.busy = metrics.Gauge("d2c_actor_busy_share", "Share of time since its first batch that a scoring actor computed.")
+        self.images = metrics.Counter(f"d2c_{done}_images", f"Images {done}.")
+        self.busy = metrics.Gauge("d2c_actor_busy_share", "Share of time since its first batch that an actor computed.", ("work",))
+        self.busy.set_default_tags({"work": doing})
 
     @contextmanager
     def computing(self, images: int) -> Iterator[None]:
@@ -107,7 +130,7 @@ class Busy:
         return sum(facts["seconds"] for facts in self._actors.values()) / span if span else 0.0
 
     def note(self) -> str:
-        return f"{len(self._actors)} actors, {self.share():.0%} busy"
+        return f"{len(self._actors)} actor{'s' if len(self._actors) != 1 else ''}, {self.share():.0%} busy"
 
 
 def hardware(device: torch.device) -> str:

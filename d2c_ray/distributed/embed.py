@@ -1,4 +1,4 @@
-"""Features of real and generated images in the measuring network, over a pool of actors."""
+"""Features of images: of a whole dataset to select in, of real and generated images to measure in."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,41 @@ import numpy as np
 import pyarrow as pa
 
 from d2c_ray import schema
-from d2c_ray.config import Config
+from d2c_ray.config import Config, EmbedConfig
 from d2c_ray.data import tables, units
+from d2c_ray.data.ledger import Ledger
 from d2c_ray.distributed import pool
-from d2c_ray.distributed.actors import Embedder
+from d2c_ray.distributed.actors import Embedder, FeatureExtractor
 from d2c_ray.distributed.cluster import Share
+from d2c_ray.distributed.filling import fill
 from d2c_ray.progress import Progress
 from d2c_ray.rejects import Rejects
 
 ROWS_PER_UNIT = 128
+
+
+def embed(
+    config: Config,
+    options: EmbedConfig,
+    manifest: list[Path],
+    out: Path,
+    share: Share,
+    rejects: Rejects,
+    progress: Progress,
+    metadata: dict[str, Any],
+) -> None:
+    """Embeds every row of the manifest that is not in `out` yet; leaves one Parquet part a shard, as scoring does.
+
+    Raises:
+        UserError: too many images cannot be decoded, the storage does not answer, or other hardware than before.
+    """
+    ledger = Ledger(out, units.shards(manifest), _finish, metadata)
+    actor_args = {"embed": options, "device": share.device, "threads": share.threads}
+    fill(ledger, config, share, FeatureExtractor, actor_args, rejects, progress)
+
+
+def _finish(table: pa.Table) -> pa.Table:
+    return table.sort_by("sample_id").select(list(schema.EMBEDDINGS))
 
 
 def embed_rows(config: Config, rows: Path, out: Path, share: Share, rejects: Rejects, progress: Progress) -> None:

@@ -12,9 +12,10 @@ from d2c_ray.config import Config
 from d2c_ray.data import tables
 from d2c_ray.data.ledger import Ledger
 from d2c_ray.data.units import shards
-from d2c_ray.distributed.actors import Busy, Scorer
+from d2c_ray.distributed.actors import Scorer
 from d2c_ray.distributed.cluster import Share
-from d2c_ray.distributed.ingest import AddNoise, stream
+from d2c_ray.distributed.filling import fill
+from d2c_ray.distributed.ingest import AddNoise
 from d2c_ray.progress import Progress
 from d2c_ray.rejects import Rejects
 from d2c_ray.selection import difficulty
@@ -47,26 +48,12 @@ def score(
     options = config.score
     t = difficulty.timesteps(kind, options.num_timesteps, options.t_min, options.t_max).numpy()
     ledger = Ledger(out, shards(manifest), partial(_finish, t=t, kind=kind), metadata)
-    rejects.add(ledger.rejected())
-    progress.advance(ledger.rows_done)
     actor_args = {
         "teacher": teacher, "class_map": class_map, "vae": config.vae, "score": options, "flip": config.data.flip,
         "latents": str(out / LATENTS) if options.cache_latents else "", "device": share.device, "threads": share.threads,
     }  # fmt: skip
     extend = AddNoise(options.seed, options.num_timesteps, latent_shape)
-    busy = Busy()
-
-    def say(text: str) -> None:
-        progress.at(progress.done, text)
-
-    work = ledger.todo(share.rows_per_task)
-    for unit, result in stream(work, config.data, config.storage, share, Scorer, actor_args, extend, say=say, notes=out / "loading"):
-        rejected = rejects.of(result)
-        facts = busy.add(result)
-        ledger.add(unit, result.replace_schema_metadata(None), rejected, facts["device"])
-        rejects.add(rejected)
-        progress.advance(unit["stop"] - unit["start"], busy.note())
-    ledger.close()
+    fill(ledger, config, share, Scorer, actor_args, rejects, progress, extend)
 
 
 def _finish(table: pa.Table, t: np.ndarray, kind: str) -> pa.Table:

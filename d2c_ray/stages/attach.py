@@ -27,7 +27,7 @@ def run(job: Job) -> Result:
     condensed.write_classes(job.out / condensed.CLASSES, names, prompts, states)
 
     latent = latents.latent_facts(config)
-    kept = job.inputs["score"].path / LATENTS
+    kept = job.inputs["score"].path / LATENTS if "score" in job.inputs else None
     rejects = Rejects("attach", len(rows), 1.0)
     share = cluster.share(config.resources, job.places)
     with job.progress(len(rows)) as progress:
@@ -41,7 +41,7 @@ def run(job: Job) -> Result:
             rejects,
             progress,
             True,
-            kept if kept.is_dir() else None,
+            kept if kept and kept.is_dir() else None,
         )
     rejects.write(job.out)
     if rejects.rows:

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from d2c_ray import schema
-from d2c_ray.config import SelectConfig
-from d2c_ray.data import score_parts, tables
+from d2c_ray.config import FEATURE_SELECTORS, SelectConfig
+from d2c_ray.data import features, score_parts, tables
 from d2c_ray.errors import UserError
 from d2c_ray.job import Job, Result
 from d2c_ray.selection import rank
@@ -18,6 +18,10 @@ from d2c_ray.selection.baselines import SELECTORS, nominal
 
 
 def run(job: Job) -> Result:
+    return _by_features(job) if job.config.select.selector in FEATURE_SELECTORS else _by_scores(job)
+
+
+def _by_scores(job: Job) -> Result:
     options, data, resources = job.config.select, job.facts("manifest"), job.config.resources
     scores = job.inputs["score"]
     for stale in job.out.glob("*.parquet"):  # of an attempt that was cut off
@@ -33,6 +37,41 @@ def run(job: Job) -> Result:
         )
         progress.at(rows)
     return Result(rows, rows, 0, facts)
+
+
+def _by_features(job: Job) -> Result:
+    from d2c_ray.distributed import choose, cluster
+
+    options, names, parts = job.config.select, job.facts("manifest")["class_names"], job.inputs["embed"].parts()
+    with features.embedded(parts, job.out) as data:
+        sizes, total = np.bincount(data.labels, minlength=len(names)), len(data.labels)
+        budget = rank.budget_images(options.budget, total)
+        wanted, quotas = rank.shares(sizes, budget, options.balance), rank.quotas(sizes, budget, options.balance)
+        share = cluster.share(job.config.resources, job.places)
+        with job.progress(budget) as progress:
+            found, said = choose.choose(data, quotas, options, share, progress.advance)
+        rows = {label: chosen for label, (chosen, _) in found.items()}
+        for label, chosen in rows.items():
+            if len(np.unique(chosen)) != quotas[label] or len(chosen) != quotas[label]:
+                raise RuntimeError(f"the selector gave an image of label {label} twice or missed its quota")
+        metadata = {**asdict(options), "images": budget, "features": job.inputs["embed"].path.name, **said}
+        features.write_selection(job.out / "part-00000.parquet", parts, data, rows, sizes, metadata)
+    giving = np.asarray(sorted(rows))
+    shortfall = np.maximum(wanted - sizes, 0)
+    columns = {
+        "label": giving,
+        "name": np.asarray(names, object)[giving],
+        "size": sizes[giving],
+        "quota": quotas[giving],
+        "shortfall": shortfall[giving],
+    }
+    fields = tables.arrow_schema(schema.SELECTION_CLASSES)
+    table = pa.table({name: pa.array(columns[name]) if name in columns else pa.nulls(len(giving)) for name in fields.names})
+    tables.write(
+        job.out / score_parts.CLASSES, table.cast(fields), {**metadata, "classes": {label: facts for label, (_, facts) in found.items()}}
+    )
+    facts = {**metadata, "share": budget / total, "num_classes": len(giving), "shortfall": int(shortfall.sum())}
+    return Result(total, total, 0, facts)
 
 
 def select(

@@ -38,7 +38,7 @@ from d2c_ray.config import Config, from_dict
 from d2c_ray.data import manifest, tables, units
 from d2c_ray.data.decode import centre_crop, decode
 from d2c_ray.data.ledger import Ledger
-from d2c_ray.distributed import actors, cluster, ingest
+from d2c_ray.distributed import actors, cluster, filling, ingest
 from d2c_ray.distributed import score as scoring
 from d2c_ray.models import teachers, weights
 from d2c_ray.models.transformer import Transformer, TransformerSpec
@@ -171,14 +171,14 @@ def bench_pool(root: Path, quick: bool) -> dict:
             clocks.append(super().add(result))
             return clocks[-1]
 
-    scoring.Busy = Kept  # type: ignore[misc]
+    filling.Busy = Kept  # type: ignore[misc]
     start = time.perf_counter()
     out = images / "out"
     out.mkdir()
     scoring.score(
         config, paths, str(model), "sit", list(range(10)), (3, SIZE, SIZE), out, cluster.Share(1, 0, 256, 1), Rejects("score", count, 0), SILENT, {}
     )  # fmt: skip
-    scoring.Busy, scoring.Scorer = actors.Busy, actors.Scorer  # type: ignore[misc]
+    filling.Busy, scoring.Scorer = actors.Busy, actors.Scorer  # type: ignore[misc]
     os.sched_setaffinity(0, {TIMED_CORE, OTHER_CORE})
     after = bare(3 if quick else 8)
     # The actor's own clock, from the end of its first unit to the end of its last.

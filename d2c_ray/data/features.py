@@ -1,0 +1,90 @@
+"""The features of an embedded dataset, class by class."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from d2c_ray import schema
+from d2c_ray.data import tables
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """All rows sorted by (class, sample_id). N rows of width D.
+
+    Attributes:
+        sample_ids: int64 N. labels: int32 N, -1 of unlabelled data as class 0.
+        features: float16 N x D, memory-mapped.
+        classes: labels that have rows, ascending. starts: of each of them, its first row, and N at the end.
+    """
+
+    sample_ids: np.ndarray
+    labels: np.ndarray
+    features: np.ndarray
+    classes: np.ndarray
+    starts: np.ndarray
+
+    def of(self, label: int) -> slice:
+        """The rows of a class, none where it has none."""
+        index = int(np.searchsorted(self.classes, label))
+        if index == len(self.classes) or self.classes[index] != label:
+            return slice(0, 0)
+        return slice(int(self.starts[index]), int(self.starts[index + 1]))
+
+
+@contextmanager
+def embedded(parts: list[Path], scratch: Path) -> Iterator[Embedded]:
+    """Sorts the features of an embed stage by class into a file below `scratch`, which is gone afterwards.
+
+    A part at a time is in memory. The file takes as many bytes as the features: 2 N D.
+    """
+    light = [pq.ParquetFile(path).read(["sample_id", "label"]) for path in parts]
+    ids, labels = (pa.concat_tables(light).column(name).to_numpy() for name in ("sample_id", "label"))
+    labels = np.maximum(labels, 0)
+    order = np.lexsort((ids, labels))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    width = tables.tensor_shape(parts[0], "features")[0]
+    with TemporaryDirectory(dir=scratch, prefix=".features-") as folder:
+        sorted_features = np.lib.format.open_memmap(Path(folder) / "features.npy", "w+", np.float16, (len(order), width))
+        start = 0
+        for path in parts:
+            values = tables.tensor_values(pq.ParquetFile(path).read(["features"]), "features")
+            sorted_features[place[start : start + len(values)]] = values
+            start += len(values)
+        classes, starts = np.unique(labels[order], return_index=True)
+        yield Embedded(ids[order], labels[order], sorted_features, classes, np.append(starts, len(order)))
+
+
+def write_selection(
+    path: Path, parts: list[Path], data: Embedded, rows: dict[int, np.ndarray], sizes: np.ndarray, metadata: dict[str, Any]
+) -> None:
+    """Writes the chosen rows by sample_id, as `schema.SELECTION`; their scores and ranks are null.
+
+    Args:
+        parts: the embed stage's. rows: by class, in order of choice, counted from the class's first row.
+        sizes: images by label.
+    """
+    labels = np.fromiter(rows, np.int64, len(rows))
+    counts = np.asarray([len(rows[label]) for label in labels])
+    ids = np.concatenate([data.sample_ids[data.of(label)][rows[label]] for label in labels])
+    columns = {"class_size": np.repeat(sizes[labels], counts), "position": np.concatenate([np.arange(count) for count in counts])}
+    order = np.argsort(ids)
+    found = []
+    for part in parts:
+        table = pq.ParquetFile(part).read(["sample_id", "key", "label"])
+        found.append(table.replace_schema_metadata(None).filter(pa.array(np.isin(table.column("sample_id").to_numpy(), ids))))
+    table = pa.concat_tables(found).sort_by("sample_id")
+    for name in ("score", "rank"):
+        table = table.append_column(name, pa.nulls(len(table)))
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values[order]))
+    fields = tables.arrow_schema(schema.SELECTION)
+    tables.write(path, table.select(fields.names).cast(fields), metadata)
