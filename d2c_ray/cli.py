@@ -26,6 +26,18 @@ COMMANDS = {
         "d2c score configs/quickstart.yaml score.num_timesteps=32",
     ),
     "select": ("Choose the images of the subset.", "d2c select configs/quickstart.yaml select.budget=0.1 select.f=0.7"),
+    "selectors": (
+        "Compare what the selectors choose at the same budget, without training: coverage, overlap, balance, difficulty.",
+        "d2c selectors configs/quickstart.yaml --only interval,random,gadc",
+    ),
+    "explain": (
+        "Say why an image is in the subset or not: its score, its errors by timestep, its rank and neighbours.",
+        "d2c explain configs/quickstart.yaml digits#000042",
+    ),
+    "embed": (
+        "Embed every image in the frozen feature space that herding, k_center and gadc select in.",
+        "d2c embed configs/cifar10.yaml embed.encoder=efficientnet-lite0",
+    ),
     "attach": (
         "Make the condensed dataset: text states, vision tokens and latents of the chosen images.",
         "d2c attach configs/quickstart.yaml",
@@ -76,8 +88,37 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 for _name in COMMANDS:
-    if _name not in ("run", "config"):
+    if _name not in ("run", "config", "explain", "selectors"):
         _command(_name)(_stage_command(_name))
+
+
+@_command("selectors")
+def selectors(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    only: Annotated[str, typer.Option(metavar="NAMES", help="Selectors to compare, separated by commas; all of them otherwise.")] = "",
+) -> None:
+    from d2c_ray import pipeline
+    from d2c_ray.config import load
+
+    base = load(config, overrides or [])
+    found, out = pipeline.compare_selectors(base, [name.strip() for name in only.split(",") if name.strip()], say=_say)
+    from d2c_ray.report.selectors import print_comparison
+
+    print_comparison(found, out)
+
+
+@_command("explain")
+def explain(
+    config: ConfigPath, key: Annotated[str, typer.Argument(metavar="KEY", help="The image's key, or its end.")], overrides: Overrides = None
+) -> None:
+    from d2c_ray import pipeline
+    from d2c_ray.config import load
+
+    plan = pipeline.run(load(config, overrides or []), "select", say=_say)
+    from d2c_ray.report import explain
+
+    print("\n".join(explain.lines(plan, key)))
 
 
 @_command("config")
@@ -94,7 +135,7 @@ def _run(path: str, overrides: list[str] | None, upto: str) -> None:
     from d2c_ray import pipeline
 
     try:
-        plan = pipeline.run(config, upto, say=lambda text: print(f"d2c: {text}", file=sys.stderr, flush=True))
+        plan = pipeline.run(config, upto, say=_say)
     except KeyboardInterrupt:
         print("d2c: interrupted; the same command goes on from here.", file=sys.stderr)
         sys.exit(130)
@@ -112,6 +153,10 @@ def _run(path: str, overrides: list[str] | None, upto: str) -> None:
                 from d2c_ray.report.summary import print_selection
 
                 print_selection(node)
+
+
+def _say(text: str) -> None:
+    print(f"d2c: {text}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,6 @@
 """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991), in blocks."""
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 BLOCK = 2048
 
@@ -16,8 +15,10 @@ def radii(features: np.ndarray, k: int) -> np.ndarray:
         raise ValueError(f"{k} neighbours need more than {k} rows, got {len(features)}")
     found = np.empty(len(features))
     for start in range(0, len(features), BLOCK):
-        distances = cdist(features[start : start + BLOCK], features)
-        found[start : start + BLOCK] = np.partition(distances, k, axis=1)[:, k]  # column 0 would be the row itself
+        squares = _squares(features[start : start + BLOCK], features)
+        # A row's own distance is nothing, whatever rounding says, and is no neighbour.
+        squares[np.arange(len(squares)), start + np.arange(len(squares))] = -1.0
+        found[start : start + BLOCK] = np.sqrt(np.partition(squares, k, axis=1)[:, k])
     return found
 
 
@@ -25,8 +26,16 @@ def covered(features: np.ndarray, centres: np.ndarray, radius: np.ndarray) -> fl
     """The share of rows that lie in the ball of at least one centre."""
     inside = 0
     for start in range(0, len(features), BLOCK):
-        inside += int((cdist(features[start : start + BLOCK], centres) <= radius).any(1).sum())
+        inside += int((_squares(features[start : start + BLOCK], centres) <= np.square(radius)).any(1).sum())
     return inside / len(features)
+
+
+def _squares(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared distances of all rows of a to all of b, by one matrix product: many times as fast as their differences."""
+    norms = np.square(a).sum(1)[:, None] + np.square(b).sum(1)
+    squares = norms - 2.0 * (a @ b.T)
+    squares[squares < 1e-12 * norms] = 0.0  # equal rows are at no distance, whatever rounding says
+    return squares
 
 
 def precision_recall(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[float, float]:

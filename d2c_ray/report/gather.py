@@ -16,7 +16,7 @@ from d2c_ray.plan import Node, Plan
 from d2c_ray.selection.baselines import NEEDS_SCORES
 
 # In the order of the bill; 'reference' and 'evaluate' are measuring, not making.
-BILL = ("manifest", "teacher", "score", "select", "attach", "train", "sample", "reference", "evaluate")
+BILL = ("manifest", "teacher", "score", "embed", "select", "attach", "train", "sample", "reference", "evaluate")
 
 
 @dataclass
@@ -50,7 +50,7 @@ def arms(plan: Plan) -> list[Arm]:
                 curve=read_curve(nodes["train"].folder / "metrics.jsonl"),
                 chosen=tables.read(nodes["select"].dir.parts()),
                 selector=selector,
-                seconds={stage: None if stage in free else nodes[stage].dir.success()["seconds"] for stage in BILL},
+                seconds={stage: None if stage in free or stage not in nodes else nodes[stage].dir.success()["seconds"] for stage in BILL},
             )
         )
     return found
@@ -67,10 +67,41 @@ def selection_classes(node: Node, most: int) -> tuple[int, list[dict[str, Any]]]
     return len(table), table.slice(0, most).to_pylist()
 
 
-def scores(plan: Plan) -> pa.Table:
-    """sample_id, label and score of every scored image."""
-    node = plan.of("score")[0]
-    return tables.read(node.dir.parts(), ["sample_id", "label", "score"])
+def scores(plan: Plan) -> pa.Table | None:
+    """sample_id, label and score of every scored image; None where no student needed scores."""
+    for node in plan.of("score"):
+        return tables.read(node.dir.parts(), ["sample_id", "label", "score"])
+    return None
+
+
+def with_ranks(chosen: pa.Table, scored: pa.Table) -> pa.Table:
+    """A selection with the scores and ranks that its selector had no use for.
+
+    Args:
+        scored: of `scores`.
+    """
+    if not chosen.column("rank").null_count:
+        return chosen
+    ids, labels, values = (scored.column(name).to_numpy() for name in ("sample_id", "label", "score"))
+    labels = np.maximum(labels, 0)
+    order = np.lexsort((ids, values, labels))
+    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    ranks = np.empty(len(ids), np.int64)
+    ranks[order] = np.arange(len(ids)) - np.repeat(starts, sizes)
+    by_id = np.argsort(ids)
+    rows = by_id[np.searchsorted(ids[by_id], chosen.column("sample_id").to_numpy())]
+    for name, column in (("score", values[rows]), ("rank", ranks[rows])):
+        chosen = chosen.set_column(chosen.column_names.index(name), name, pa.array(column))
+    return chosen
+
+
+def candidates(plan: Plan) -> pa.Table:
+    """sample_id, label and score of every image that could be chosen; where no student needed scores, nulls in their place."""
+    table = scores(plan)
+    if table is not None:
+        return table
+    table = tables.read(plan.of("embed")[0].dir.parts(), ["sample_id", "label"])
+    return table.append_column("score", pa.nulls(len(table), pa.float32()))
 
 
 def images(plan: Plan, sample_ids: np.ndarray) -> dict[int, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from d2c_ray.config import to_dict
+from d2c_ray.config import FEATURE_SELECTORS, to_dict
 from d2c_ray.data import score_parts
 from d2c_ray.plan import Plan
 from d2c_ray.progress import clock
@@ -48,9 +48,13 @@ def context(plan: Plan) -> dict[str, Any]:
     """Everything the page's template shows."""
     arms, classes = gather.arms(plan), gather.shown_classes(plan)
     data = plan.of("manifest")[0].dir.success()
-    scored = plan.of("score")[0].dir.success()
-    table = gather.scores(plan)
+    scored = plan.of("score")[0].dir.success() if plan.of("score") else None
+    judged = scored or plan.of("embed")[0].dir.success()
+    table = gather.candidates(plan)
     ids, labels, scores = (table.column(name).to_numpy() for name in ("sample_id", "label", "score"))
+    if scored:
+        for arm in arms:
+            arm.chosen = gather.with_ranks(arm.chosen, table)
     return {
         "name": plan.folder.name,
         "source": data["facts"]["source"],
@@ -62,12 +66,12 @@ def context(plan: Plan) -> dict[str, Any]:
         "bill": bill(arms),
         "record": arms[0].metrics["record"],
         "differences": gather.differences(plan),
-        "histogram": plots.score_histogram(scores, np.maximum(labels, 0), ids, arms, classes),
+        "histogram": plots.score_histogram(scores, np.maximum(labels, 0), ids, arms, classes) if scored else None,
         "curves": plots.training_curves(arms),
         "sheet": contact_rows(plan, table, arms[0], classes),
         "gallery": gallery_rows(plan, arms, classes, table),
-        "score": scored["facts"],
-        "rejected": scored["rows_rejected"],
+        "score": scored["facts"] if scored else None,
+        "rejected": judged["rows_rejected"],
         "subsets": [subset(arm) for arm in arms],
         "versions": versions(),
         "nodes": plan.nodes,
@@ -102,6 +106,11 @@ def notices(plan: Plan, arms: list[gather.Arm]) -> list[str]:
     found.append(
         f"Distances are in the features of {record['network']}, not Inception's: none of them is an FID or comparable with a published one."
     )
+    chosen_by = sorted({arm.selector for arm in arms if arm.selector in FEATURE_SELECTORS})
+    if chosen_by:
+        found.append(
+            f"{' and '.join(chosen_by)} selected in the features of {plan.config.embed.encoder}, a space close to the one the distances are measured in; part of what it gains there may be the measure's."
+        )
     agreement = arms[0].metrics["probe_accuracy"]
     if agreement is not None:
         found.append(
@@ -154,9 +163,10 @@ def bill(arms: list[gather.Arm]) -> list[dict[str, Any]]:
         {
             "stage": stage,
             "seconds": [arm.seconds[stage] for arm in arms],
-            "shared": len({arm.nodes[stage].name for arm in arms}) < len(arms),
+            "shared": len({arm.nodes[stage].name for arm in arms if stage in arm.nodes}) < sum(stage in arm.nodes for arm in arms),
         }
         for stage in gather.BILL
+        if any(stage in arm.nodes for arm in arms)
     ]
 
 
@@ -177,7 +187,7 @@ def contact_rows(plan: Plan, table: pa.Table, arm: gather.Arm, classes: list[tup
                 {
                     "kept": chosen[contact_sheet.evenly(len(chosen), wanted)],
                     "skipped": skipped[contact_sheet.evenly(len(skipped), wanted)],
-                    "hardest": order[-wanted // 2 :],
+                    "hardest": order[-wanted // 2 :] if plan.of("score") else order[:0],
                 },
             )
         )

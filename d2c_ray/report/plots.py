@@ -10,7 +10,7 @@ from d2c_ray.report.gather import Arm
 
 matplotlib.use("Agg")
 
-COLOURS = ("#1f5fbf", "#d9822b", "#3a8f5c", "#8a4fbf", "#b5373c", "#4d7c8a")
+COLOURS = ("#1f5fbf", "#d9822b", "#3a8f5c", "#8a4fbf", "#b5373c", "#4d7c8a", "#a3863b", "#c25e9a", "#5b6470")
 GREY = "#c9ced6"
 STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#7a828e", "axes.labelcolor": "#333a44",
@@ -76,6 +76,40 @@ def training_curves(arms: list[Arm]) -> str:
         for axis in axes[0]:
             axis.set_xlabel("images shown")
             axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+        return _svg(figure)
+
+
+def selectors(found: dict[str, Any]) -> str:
+    """Fréchet distance against recall of every selector's subset, and its quantiles of difficulty where images are scored."""
+    from matplotlib import pyplot as plt
+
+    rows = found["selectors"]
+    scored = found["score_quantiles_of_all"]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2 if scored else 1, figsize=(9, 0.32 * len(rows) + 2.4), squeeze=False)
+        places = []
+        for index, (name, row) in enumerate(rows.items()):
+            if row["frechet"] is not None and row["recall"] is not None:
+                axes[0, 0].scatter(row["recall"], row["frechet"], color=_colour(index), s=46, zorder=2)
+                places.append((row["recall"], row["frechet"], name))
+        axes[0, 0].set_xlabel("recall: share of the whole near a chosen image")
+        axes[0, 0].set_ylabel("Fréchet distance to the whole")
+        axes[0, 0].margins(0.18, 0.12)
+        for x, y, name in places:
+            axes[0, 0].annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9, color="#333a44")
+        if scored:
+            boxes = {"all images": scored, **{name: row["score_quantiles"] for name, row in rows.items()}}
+            for height, (name, values) in enumerate(reversed(boxes.items())):
+                colour = GREY if name == "all images" else _colour(list(rows).index(name))
+                low, tenth, quarter, middle, three, ninety, _ = values
+                axes[0, 1].hlines(height, tenth, ninety, color=colour, linewidth=2)
+                axes[0, 1].hlines(height, quarter, three, color=colour, linewidth=7)
+                axes[0, 1].scatter(middle, height, color="white", edgecolors="#333a44", s=26, zorder=3)
+                axes[0, 1].scatter(low, height, color=colour, marker="|", s=40)
+            axes[0, 1].set_yticks(range(len(boxes)), list(reversed(boxes)))
+            axes[0, 1].tick_params(axis="y", length=0)
+            axes[0, 1].spines["left"].set_visible(False)
+            axes[0, 1].set_xlabel("difficulty score: least, 10, 25, 50, 75, 90 %")
         return _svg(figure)
 
 
