@@ -37,6 +37,7 @@ def test_features_lie_class_by_class_and_leave_nothing_behind(tmp_path: Path) ->
     rng = np.random.default_rng(0)
     features, labels = rng.normal(size=(57, 5)).astype(np.float16), rng.choice([0, 2, 5], 57)
     paths = parts(tmp_path, features, labels, 20)
+    (tmp_path / ".features-of-a-killed-run").mkdir()
     with embedded(paths, tmp_path) as data:
         assert data.classes.tolist() == [0, 2, 5]
         for label in range(7):

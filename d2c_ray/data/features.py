@@ -1,5 +1,6 @@
 """The features of an embedded dataset, class by class."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ def embedded(parts: list[Path], scratch: Path) -> Iterator[Embedded]:
 
     A part at a time is in memory. The file takes as many bytes as the features: 2 N D.
     """
+    for stale in scratch.glob(".features-*"):  # of a run that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     light = [pq.ParquetFile(path).read(["sample_id", "label"]) for path in parts]
     ids, labels = (pa.concat_tables(light).column(name).to_numpy() for name in ("sample_id", "label"))
     labels = np.maximum(labels, 0)
