@@ -32,7 +32,7 @@ COMMANDS = {
     ),
     "explain": (
         "Say why an image is in the subset or not: its score, its errors by timestep, its rank and neighbours.",
-        "d2c explain configs/quickstart.yaml digits#000042",
+        "d2c explain configs/quickstart.yaml digits.parquet#000000042",
     ),
     "embed": (
         "Embed every image in the frozen feature space that herding, k_center and gadc select in.",
@@ -115,7 +115,7 @@ def explain(
     from d2c_ray import pipeline
     from d2c_ray.config import load
 
-    plan = pipeline.run(load(config, overrides or []), "select", say=_say)
+    plan = pipeline.finished(load(config, overrides or []), "select", say=_say)
     from d2c_ray.report import explain
 
     print("\n".join(explain.lines(plan, key)))

@@ -125,7 +125,7 @@ class TransportConfig:
     """GADC's objective and its search; the published values where there are any."""
 
     kappa: float = 1.05  # capacity of the class's images over the mass shipped; 1: balanced transport
-    gamma: float = 0.05  # cost of the dummy source, times the class's median squared distance
+    gamma: float = 0.05  # cost of the dummy source, times the median squared distance; one cost for all cancels, so it changes nothing
     epsilon: float = 0.06  # entropy, times the median squared distance; the published 12 at a median of 200
     epsilon_absolute: float = 0.0  # entropy in squared feature units instead; 0: relative
     iterations: int = 20  # of Sinkhorn, exactly
@@ -133,7 +133,7 @@ class TransportConfig:
     mean_weight: float = 1.25  # of the means against the standard deviations
     confidence: float = 6.0  # weight of the mean cross entropy, times the median squared distance; 1200 at a median of 200; 0: off
     swap_rounds: int = 30  # rounds of swaps at most, each over all swaps
-    verify: int = 50_000  # swaps of a class that the last round looks at once more, of those that may help
+    verify: int = 50_000  # swaps of a class up to which the last round evaluates all of them; of more, those that may help
     max_class: int = 16_384  # images of the largest class, whose n x n distances and kernel take 8 n^2 bytes, 12 at a small epsilon
 
 
@@ -146,7 +146,7 @@ class SelectConfig:
     f: float = 0.0  # interval: share of each class, from the easiest, that is sampled evenly; k or f, neither: 0.75
     strata: int = 50  # stratified: ranges of equal score width a class
     cutoff: float = 0.0  # stratified: share of each class, the hardest, that is left out
-    seed: int = 0  # random, stratified
+    seed: int = 0  # random, stratified, and the probe of gadc
     transport: TransportConfig = field(default_factory=TransportConfig)  # gadc
 
 

@@ -39,6 +39,12 @@ def run(config: Config, upto: str = "report", say: Say = print, record: bool = T
         return _run(plan, upto, say, record)
 
 
+def finished(config: Config, stage: str, say: Say = print) -> Plan:
+    """The plan with `stage` finished: what is missing is run first, and a run that has it is only read, even while it goes on."""
+    plan = plans.make(config, stage)
+    return plan if all(node.dir.done for node in plan.needed(stage)) else run(config, stage, say, record=False)
+
+
 def compare_selectors(config: Config, names: list[str], say: Say = print) -> tuple[dict[str, Any], Path]:
     """Runs several selectors at the configuration's budget and compares their subsets in a space that none selected in.
 
@@ -173,7 +179,7 @@ def _run_node(node: Node, share: int, status: "Status") -> float:
             {
                 "stage": node.stage, "fingerprint": node.hash, "inputs": {name: given.name for name, given in node.inputs.items()},
                 "rows_in": result.rows_in, "rows_done": result.rows_done, "rows_rejected": result.rows_rejected,
-                "seconds": round(before + time.monotonic() - started, 2), "places": share, "device": _device(node.stage), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "seconds": round(before + time.monotonic() - started, 2), "places": share, "device": _device(node), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "versions": versions(), "facts": result.facts,
             }
         )  # fmt: skip
@@ -223,11 +229,11 @@ def _connect(config: Config) -> int:
     return cluster.places(config.resources)
 
 
-def _device(stage: str) -> str:
+def _device(node: Node) -> str:
     """What the stage's tensors lived on: bits hold for one kind of hardware."""
     import platform
 
-    if stage not in ON_RAY:
+    if node.stage not in ON_RAY and "embed" not in node.inputs:
         return "cpu"
     from d2c_ray.distributed import cluster
 

@@ -35,6 +35,7 @@ VERSIONS = {
     "evaluate": 1,
 }
 FOLDERS = {"score": "scores", "embed": "features", "select": "selection", "attach": "condensed", "sample": "samples", "evaluate": "eval"}
+READS = {"interval": ("k", "f"), "random": ("seed",), "stratified": ("strata", "cutoff", "seed"), "gadc": ("seed",)}  # of select
 TRAIN_KNOBS = ("log_every", "checkpoint_every", "keep_checkpoints")
 
 
@@ -183,7 +184,12 @@ def _embed(config: Config) -> dict[str, Any]:
 
 
 def _select(config: Config) -> dict[str, Any]:
-    return _without(config.select, *(() if config.select.selector == "gadc" else ("transport",)))
+    select = config.select
+    found = {**_pick(select, "selector", "budget", "balance"), **_pick(select, *READS.get(select.selector, ()))}
+    if select.selector == "gadc":
+        # A class that is too large is refused, and a dummy source of one cost for all cancels.
+        found["transport"] = _without(select.transport, "max_class", "gamma")
+    return found
 
 
 def _attach(config: Config) -> dict[str, Any]:
@@ -288,8 +294,8 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
         if own.select.selector == "gadc" and sizes.max() > own.select.transport.max_class:
             largest = int(sizes.argmax())
             raise UserError(
-                f"select.selector=gadc holds the distances of a class's images to each other: label {largest} has {sizes[largest]}, "
-                f"select.transport.max_class={own.select.transport.max_class} allows that for fewer ({8 * int(sizes[largest]) ** 2 / 2**30:.1f} GiB would be needed)."
+                f"{f'arm {arm!r}: ' if len(plan.arms) > 1 else ''}select.selector=gadc holds the distances of a class's images to each other: label {largest} "
+                f"has {sizes[largest]}, select.transport.max_class={own.select.transport.max_class} allows that for fewer ({8 * int(sizes[largest]) ** 2 / 2**30:.1f} GiB would be needed)."
             )
         _check_batch("train.batch_size", own.train.batch_size, config.resources.train_workers)
         if own.attach.text.encoder != "none":

@@ -101,9 +101,9 @@ def test_an_interval_with_the_hardest_left_out_says_so(plan: Plan) -> None:
     table = tables.read(node.dir.parts())
     chosen = table.filter(np.maximum(table.column("label").to_numpy(), 0) == 3)
     deepest = max(chosen.column("rank").to_pylist())
-    place = explain.Scored(1.0, 11, 12, [0.5], np.ones(1), np.ones((3, 1)), np.arange(12), np.ones(12))
+    place = explain.Scored(1.0, 11, 12, [0.5], np.ones(1), np.ones((3, 1)), np.ones(12))
     text = "\n".join(explain.reason(SelectConfig(f=0.75), {"sample_id": -5}, chosen, place))
-    assert f"0 to {deepest} of 12, the hardest {1 - (deepest + 1) / 12:.0%} are never used" in text
+    assert f"0 to {deepest} of 12 in steps of 2, the hardest {1 - (deepest + 1) / 12:.0%} are never used" in text
     assert f"its rank 11 is harder than the hardest that is kept ({deepest})" in text
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from d2c_ray import schema
 from d2c_ray.data import tables
+from d2c_ray.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Embedded:
 
     Attributes:
         sample_ids: int64 N. labels: int32 N, -1 of unlabelled data as class 0.
-        features: float16 N x D, memory-mapped.
+        features: float16 N x D, memory-mapped. path: of their file, in NumPy's own format.
         classes: labels that have rows, ascending. starts: of each of them, its first row, and N at the end.
     """
 
@@ -31,6 +32,7 @@ class Embedded:
     features: np.ndarray
     classes: np.ndarray
     starts: np.ndarray
+    path: str
 
     def of(self, label: int) -> slice:
         """The rows of a class, none where it has none."""
@@ -45,6 +47,9 @@ def embedded(parts: list[Path], scratch: Path) -> Iterator[Embedded]:
     """Sorts the features of an embed stage by class into a file below `scratch`, which is gone afterwards.
 
     A part at a time is in memory. The file takes as many bytes as the features: 2 N D.
+
+    Raises:
+        UserError: features that are not finite; names the first images.
     """
     for stale in scratch.glob(".features-*"):  # of a run that was killed
         shutil.rmtree(stale, ignore_errors=True)
@@ -55,21 +60,32 @@ def embedded(parts: list[Path], scratch: Path) -> Iterator[Embedded]:
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     width = tables.tensor_shape(parts[0], "features")[0]
-    with TemporaryDirectory(dir=scratch, prefix=".features-") as folder:
-        sorted_features = np.lib.format.open_memmap(Path(folder) / "features.npy", "w+", np.float16, (len(order), width))
+    with TemporaryDirectory(dir=scratch, prefix=".features-", ignore_cleanup_errors=True) as folder:
+        file = Path(folder) / "features.npy"
+        sorted_features = np.lib.format.open_memmap(file, "w+", np.float16, (len(order), width))
         start = 0
         for path in parts:
             values = tables.tensor_values(pq.ParquetFile(path).read(["features"]), "features")
+            broken = np.flatnonzero(~np.isfinite(values).all(1))
+            if len(broken):
+                keys = pq.ParquetFile(path).read(["key"]).column(0).take(broken[:5]).to_pylist()
+                raise UserError(
+                    f"the encoder gives features that are no numbers, or too large to be kept in 16 bits, for {', '.join(keys)}: another one (embed.encoder) would do."
+                )
             sorted_features[place[start : start + len(values)]] = values
             start += len(values)
+        sorted_features.flush()  # other nodes read the file
         classes, starts = np.unique(labels[order], return_index=True)
-        yield Embedded(ids[order], labels[order], sorted_features, classes, np.append(starts, len(order)))
+        yield Embedded(ids[order], labels[order], sorted_features, classes, np.append(starts, len(order)), str(file))
 
 
 def write_selection(
     path: Path, parts: list[Path], data: Embedded, rows: dict[int, np.ndarray], sizes: np.ndarray, metadata: dict[str, Any]
-) -> None:
+) -> dict[int, int]:
     """Writes the chosen rows by sample_id, as `schema.SELECTION`; their scores and ranks are null.
+
+    Returns:
+        By class, the label that its images have: -1 where they have none.
 
     Args:
         parts: the embed stage's. rows: by class, in order of choice, counted from the class's first row.
@@ -91,3 +107,5 @@ def write_selection(
         table = table.append_column(name, pa.array(values[order]))
     fields = tables.arrow_schema(schema.SELECTION)
     tables.write(path, table.select(fields.names).cast(fields), metadata)
+    there = table.column("label").to_numpy()
+    return {max(label, 0): label for label in np.unique(there).tolist()}

@@ -29,8 +29,7 @@ class Scored:
     timesteps: list[float]
     errors: np.ndarray
     quartiles: np.ndarray
-    ranked_ids: np.ndarray  # of the class, from easy to hard
-    ranked_scores: np.ndarray
+    ranked_scores: np.ndarray  # of the class, from easy to hard
 
 
 def image_of(plan: Plan, key: str) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def scored(node: Node, row: dict[str, Any]) -> Scored | None:
     rank = int(np.flatnonzero(all_ids[order] == row["sample_id"])[0])
     quartiles = np.quantile(np.concatenate(errors), (0.25, 0.5, 0.75), axis=0)
     return Scored(
-        float(all_scores[order[rank]]), rank, len(order), facts["timesteps"], mine, quartiles, all_ids[order], all_scores[order]
+        float(all_scores[order[rank]]), rank, len(order), facts["timesteps"], mine, quartiles, all_scores[order]
     )  # fmt: skip
 
 
@@ -124,7 +123,7 @@ def reason(options: SelectConfig, row: dict[str, Any], chosen: pa.Table, place: 
     if options.selector in FEATURE_SELECTORS:
         lines.append(f"{options.selector} looks at the whole set in feature space, so that no image is kept or left for its own sake")
     elif options.selector == "random":
-        lines.append("the choice was random, by a permutation that its seed fixes")
+        lines.append("the choice was random: the lowest of keys that a seed gives to every image")
     elif place is not None:
         lines += _by_rank(options, chosen, place, kept)
     return lines
@@ -136,10 +135,14 @@ def _by_rank(options: SelectConfig, chosen: pa.Table, place: Scored, kept: bool)
     below, above = ranks[ranks < place.rank], ranks[ranks > place.rank]
     lines = []
     if options.selector == "interval":
-        stride = f"every {options.k}-th rank" if options.k else "even ranks"
+        steps = np.unique(np.diff(ranks)).tolist()
+        stride = f" in steps of {' and '.join(map(str, steps))}" if steps else ""
         lines.append(
-            f"interval takes {stride} from the easiest: here 0 to {ranks[-1]} of {place.class_size}, the hardest {1 - (ranks[-1] + 1) / place.class_size:.0%} are never used"
+            f"interval takes even ranks from the easiest: here 0 to {ranks[-1]} of {place.class_size}{stride}, the hardest {1 - (ranks[-1] + 1) / place.class_size:.0%} are never used"
         )
+    if options.selector == "stratified":
+        cut = f", without the hardest {options.cutoff:.0%}" if options.cutoff else ""
+        lines.append(f"stratified draws at random from {options.strata} ranges of equal score width{cut}, as many from each as it can give")
     if not kept and len(above) == 0 and len(ranks):
         lines.append(f"its rank {place.rank} is harder than the hardest that is kept ({ranks[-1]})")
     elif not kept and len(below) == 0:

@@ -89,7 +89,10 @@ def with_ranks(chosen: pa.Table, scored: pa.Table) -> pa.Table:
     ranks = np.empty(len(ids), np.int64)
     ranks[order] = np.arange(len(ids)) - np.repeat(starts, sizes)
     by_id = np.argsort(ids)
-    rows = by_id[np.searchsorted(ids[by_id], chosen.column("sample_id").to_numpy())]
+    wanted = chosen.column("sample_id").to_numpy()
+    rows = by_id[np.minimum(np.searchsorted(ids[by_id], wanted), len(ids) - 1)]
+    if not np.array_equal(ids[rows], wanted):
+        raise RuntimeError("images that were embedded and chosen are not in the score table: has the source changed between the two?")
     for name, column in (("score", values[rows]), ("rank", ranks[rows])):
         chosen = chosen.set_column(chosen.column_names.index(name), name, pa.array(column))
     return chosen

@@ -42,6 +42,8 @@ def shares(sizes: np.ndarray, budget: int, balance: str) -> np.ndarray:
     """
     sizes = np.asarray(sizes, np.int64)
     present, total = np.flatnonzero(sizes), int(sizes.sum())
+    if not total:
+        raise UserError("there are no images to select from: none could be decoded.")
     if budget > total:
         raise UserError(f"select.budget asks for {budget} images; there are {total}. A budget up to {total} (or a share up to 1) would do.")
     if budget < len(present):

@@ -33,12 +33,9 @@ FLOAT32_RANGE, FLOAT64_RANGE = 60.0, 200.0  # largest C/epsilon whose kernel and
 POOL, FINALISTS = 64, 4  # insertions evaluated exactly, and in float64
 WARM_ITERATIONS = 2
 SLOW = 1024  # sets evaluated on logarithms at most
-SMALL = 4096  # swaps that the last look evaluates without a screen
 MISSES = 8  # finalists in a row that do not help any more end a round
-SHIPPED, FEW = (
-    0.5,
-    32,
-)  # share of the mass below which a plan is not the one asked for; classes in which the iterations can hardly do better
+SHIPPED = 0.5  # share of the mass below which a plan is not the one asked for
+FEW = 32  # images of a class in which the iterations can hardly do better
 GAIN = 1e-9  # relative; less is rounding
 
 
@@ -89,8 +86,8 @@ def gadc(
 
     Returns:
         int64 rows, and facts: transport, statistics, confidence, objective, greedy_objective, shipped, epsilon, median,
-        domain (of the iterations), swaps, rounds, seconds, and one_swap_optimal: every swap was evaluated, or in classes
-        of more than SMALL swaps left out only because its screen lies above the objective.
+        domain (of the iterations), swaps, rounds, seconds, and one_swap_optimal: at the end every swap was evaluated and
+        none helped. That is done up to options.verify swaps; of more, screens pick those that may help.
 
     Raises:
         UserError: numbers that are not finite, a count outside of 1 to n, a class above options.max_class, an epsilon so
@@ -418,9 +415,9 @@ def _swap(problem: Problem, rows: Tensor, parts: Parts) -> tuple[Tensor, dict[st
             found = _promising(problem, _swaps(rows), kept, exact, current, above)
             above = max(above, found.above)
             rows, current, taken = _accept(problem, rows, current, found)
+            optimal = found.whole and not taken
             if taken:
                 break
-            optimal = found.whole
         swaps += taken
         if not taken:
             break
@@ -433,7 +430,7 @@ class _Found:
 
     pairs: Tensor
     totals: Tensor
-    whole: bool  # no pair was left out but for its screen
+    whole: bool  # no pair was left out
     above: float  # how far a screen lay above the truth at most
 
 
@@ -465,28 +462,28 @@ def _promising(problem: Problem, at: _Open, kept: int, pool: int, bound: float =
     """
     sets, n = len(at.keep), len(problem)
     every = sets * (n - len(at.rows))
-    bound = math.inf if every <= SMALL else bound + 2 * slack
+    exhaustive = every <= pool
+    bound = math.inf if exhaustive else bound + 2 * slack
     moments = _moments(problem, at)
     prices = _prices(problem, at)
     fixed, u = _fixed(problem, at, prices)
     guess = (fixed + moments).index_fill_(1, at.rows, torch.inf).flatten()
     passed = min(int((guess < bound).sum()), every)
     best = guess.topk(min(kept, passed), largest=False).indices
-    pairs, whole = torch.stack([best // n, best % n], 1), passed <= kept
-    if problem.kernel is not None and (len(pairs) > pool or every > SMALL):
+    pairs = torch.stack([best // n, best % n], 1)
+    if problem.kernel is not None and not exhaustive:
         iterations = WARM_ITERATIONS if pool < kept else 2 * WARM_ITERATIONS
         warm = _transport(problem, at, pairs, iterations, (prices, u)) + _moments_of(problem, at, pairs, torch.float32)
         passed = int((warm < bound).sum())
-        pairs, whole = pairs[warm.topk(min(pool, passed), largest=False).indices], whole and passed <= pool
+        pairs = pairs[warm.topk(min(pool, passed), largest=False).indices]
     elif problem.kernel is None:
-        pool = min(pool, SLOW)
-        pairs, whole = pairs[:pool], whole and len(pairs) <= pool
+        pairs = pairs[: min(pool, SLOW)]
     pairs = pairs[torch.argsort(pairs[:, 1] * sets + pairs[:, 0])]
     transport = _transport(problem, at, pairs, problem.options.iterations)
     above = float((fixed[pairs[:, 0], pairs[:, 1]] - transport).max()) if len(pairs) else 0.0
     totals = transport + _moments_of(problem, at, pairs)
     order = totals.argsort(stable=True)
-    return _Found(pairs[order], totals[order], whole, max(above, 0.0))
+    return _Found(pairs[order], totals[order], len(pairs) == every, max(above, 0.0))
 
 
 def _lowest_of_equals(problem: Problem, rows: Tensor) -> Tensor:

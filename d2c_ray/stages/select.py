@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from d2c_ray import schema
-from d2c_ray.config import FEATURE_SELECTORS, SelectConfig
+from d2c_ray.config import DEFAULT_F, FEATURE_SELECTORS, SelectConfig
 from d2c_ray.data import features, score_parts, tables
 from d2c_ray.errors import UserError
 from d2c_ray.job import Job, Result
@@ -54,12 +54,14 @@ def _by_features(job: Job) -> Result:
         for label, chosen in rows.items():
             if len(np.unique(chosen)) != quotas[label] or len(chosen) != quotas[label]:
                 raise RuntimeError(f"the selector gave an image of label {label} twice or missed its quota")
+        near = f"{options.selector} chooses in the features of {job.config.embed.encoder}, a space close to those that Fréchet distances are measured in"
+        said["notices"] = [*said.get("notices", []), near]
         metadata = {**asdict(options), "images": budget, "features": job.inputs["embed"].path.name, **said}
-        features.write_selection(job.out / "part-00000.parquet", parts, data, rows, sizes, metadata)
+        labels = features.write_selection(job.out / "part-00000.parquet", parts, data, rows, sizes, metadata)
     giving = np.asarray(sorted(rows))
     shortfall = np.maximum(wanted - sizes, 0)
     columns = {
-        "label": giving,
+        "label": np.asarray([labels[label] for label in giving.tolist()]),
         "name": np.asarray(names, object)[giving],
         "size": sizes[giving],
         "quota": quotas[giving],
@@ -109,6 +111,8 @@ def select(
     classes = rank.Classes(source.sizes, rank.quotas(source.sizes, budget, options.balance))
     choice = _choose(source, classes, options)
     metadata = {**asdict(options), "images": budget, "scores": scores}
+    if options.selector == "interval" and not options.k:
+        metadata["f"] = options.f or DEFAULT_F
     found = source.lookup(np.sort(choice.sample_id))
     label, deepest, low, high = score_parts.write_selection(out, choice, classes, found, metadata)
     shortfall, fraction = np.maximum(wanted - classes.sizes, 0), nominal(classes, options)
