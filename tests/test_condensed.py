@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from d2c_ray.config import DataConfig, StorageConfig, VaeConfig
-from d2c_ray.data import condensed, manifest, tables, units
+from d2c_ray.data import attached, condensed, manifest, tables, units
 from d2c_ray.errors import UserError
 from d2c_ray.models import frozen
 from d2c_ray.training.batches import dequantise
@@ -49,7 +49,7 @@ def write(folder: Path, rows: pa.Table, **options: object) -> None:
     options = {"vae": None, "vision": None, "grid": 4, "flip": True, "storage": "int8", "keep_images": True, **options}
     half = len(rows) // 2
     for index, part in enumerate((rows.slice(0, half), rows.slice(half))):
-        condensed.write_part(folder / f"part-{index:06d}.parquet", part, torch.from_numpy(units.pixels_of(part)), [], **options)  # type: ignore[arg-type]
+        attached.write_part(folder / f"part-{index:06d}.parquet", part, torch.from_numpy(units.pixels_of(part)), [], **options)  # type: ignore[arg-type]
     facts = {"class_names": [str(i) for i in range(10)], "flip": options["flip"], "latent": {"kind": "pixels"}, "fingerprint": folder.name}
     (folder / "_SUCCESS.json").write_text(json.dumps({"facts": facts}))
 
@@ -129,11 +129,11 @@ def test_class_table_reads_back(tmp_path: Path) -> None:
     states, mask = frozen.encode_text("minilm", ["a photo of a cat", "a photo of a dog"], 16)
     assert states.shape == (2, 16, 384)
     assert mask.sum(1).tolist() == [7, 7]
-    condensed.write_classes(tmp_path / "classes.parquet", ["cat", "dog"], ["a", "b"], (states, mask))
+    attached.write_classes(tmp_path / "classes.parquet", ["cat", "dog"], ["a", "b"], (states, mask))
     again, again_mask = condensed.read_text(tmp_path / "classes.parquet")
     assert F.cosine_similarity(again.flatten(1), states.flatten(1)).min() > 0.9999
     assert torch.equal(again_mask, mask)
-    condensed.write_classes(tmp_path / "none.parquet", ["cat"], [""], None)
+    attached.write_classes(tmp_path / "none.parquet", ["cat"], [""], None)
     assert condensed.read_text(tmp_path / "none.parquet") is None
 
 

@@ -278,6 +278,26 @@ def test_an_actor_that_can_never_load_ends_the_run(
         assert str(error) == "no such weights"
 
 
+def test_notes_that_are_cleared_away_while_they_are_read_end_nothing(tmp_path: Path) -> None:
+    """The scheduling's thread clears them when the last result is there, and the driver's counts them when it takes one."""
+    loads, over = ingest._Loads(tmp_path / "loading", 1), threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            (tmp_path / "loading").mkdir()
+            (tmp_path / "loading" / "note").touch()
+            loads.after_execution_succeeds(None)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(3000):
+            loads.heard()
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_a_broken_image_is_one_rejected_row(configured, local_ray: None, cifar10: Path, tmp_path: Path) -> None:
     members = colour_members(cifar10, 40)
     broken, cut_off = 6, 70  # of members; an image and its label each

@@ -16,7 +16,7 @@ import torch
 from ray.util import metrics
 
 from d2c_ray.config import AttachConfig, DataConfig, EmbedConfig, EvaluateConfig, SampleConfig, ScoreConfig, StorageConfig, VaeConfig
-from d2c_ray.data import condensed, latent_cache, tables, units
+from d2c_ray.data import attached, latent_cache, tables, units
 from d2c_ray.data.decode import decode, encode_png
 from d2c_ray.distributed.ingest import pack, unpack
 from d2c_ray.evaluate import sampling
@@ -56,11 +56,11 @@ class Scorer:
         label = torch.from_numpy(self.class_map[np.maximum(table.column("label").to_numpy(), 0)])
         noise = torch.from_numpy(tables.tensor_values(table, "noise"))  # as it lies in the object store: only read
         if self.vae is not None and self.latents is not None:
-            mean, std = condensed.posterior(pixels, self.vae, self.flip)
+            mean, std = attached.posterior(pixels, self.vae, self.flip)
             latent_cache.write(self.latents, table, {"latent_mean": mean.half().numpy(), "latent_std": std.half().numpy()})
-            z = condensed.scaled(mean[:, 0], self.vae)
+            z = attached.scaled(mean[:, 0], self.vae)
         else:
-            z = condensed.model_input(pixels, self.vae)
+            z = attached.model_input(pixels, self.vae)
         return difficulty.errors(self.teacher, z, label, noise, self.t, self.score.device_batch).numpy()
 
 
@@ -170,7 +170,7 @@ class Attacher:
         table = unpack(batch.column("payload"))
         rejected = json.loads(table.schema.metadata[b"rejected"])
         kept = latent_cache.read(self.latents, table) if self.latents else None
-        facts = condensed.write_part(
+        facts = attached.write_part(
             self.out / f"part-{json.loads(unit)['unit']:06d}.parquet", table, torch.from_numpy(units.pixels_of(table)), rejected,
             vae=self.vae, vision=self.vision, grid=self.grid, flip=self.flip, storage=self.attach.vision.storage, keep_images=self.keep_images, latents=kept,
         )  # fmt: skip

@@ -211,7 +211,9 @@ class _Loads:
         )
 
     def _left(self) -> list[Path]:
-        return list(self._notes.glob("*"))
+        with suppress(FileNotFoundError):  # an execution that begins or ends in another thread clears the folder away
+            return list(self._notes.iterdir())
+        return []
 
 
 def pack(unit: str, table: pa.Table) -> pa.Table:

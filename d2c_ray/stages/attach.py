@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2c_ray.data import condensed, tables
+from d2c_ray.data import attached, condensed, tables
 from d2c_ray.distributed import attach, cluster
 from d2c_ray.distributed.score import LATENTS
 from d2c_ray.errors import UserError
@@ -24,7 +24,7 @@ def run(job: Job) -> Result:
     text = config.attach.text
     prompts = [text.template.format(name=name) if text.encoder != "none" else "" for name in names]
     states = frozen.encode_text(text.encoder, prompts, text.tokens) if text.encoder != "none" else None
-    condensed.write_classes(job.out / condensed.CLASSES, names, prompts, states)
+    attached.write_classes(job.out / condensed.CLASSES, names, prompts, states)
 
     latent = latents.latent_facts(config)
     kept = job.inputs["score"].path / LATENTS if "score" in job.inputs else None

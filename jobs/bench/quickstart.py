@@ -8,11 +8,15 @@ Digits are judged by a logistic regression on the pixels of real digits, of whic
 The last line is one JSON object.
 """
 
+import os
+import sys
+
+sys.path = [path for path in sys.path if path != os.path.dirname(os.path.realpath(__file__))]  # select.py there would hide Python's own
+
 import argparse
 import io
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress

@@ -12,14 +12,17 @@ memory     the driver's largest memory over 10M rows of scores
 Pictures are crops of scikit-learn's two photographs. Everything is one thread a process. The last line is one JSON object.
 """
 
+import os
+import sys
+
+sys.path = [path for path in sys.path if path != os.path.dirname(os.path.realpath(__file__))]  # select.py there would hide Python's own
+
 import argparse
 import io
 import json
-import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time

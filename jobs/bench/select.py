@@ -17,7 +17,7 @@ Two threads, gadc and geometry one. The last line is one JSON object.
 import os
 import sys
 
-sys.path.remove(os.path.dirname(os.path.realpath(__file__)))  # this file would hide Python's own select
+sys.path = [path for path in sys.path if path != os.path.dirname(os.path.realpath(__file__))]  # this file would hide Python's own
 
 import argparse
 import json
