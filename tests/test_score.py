@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -288,7 +289,8 @@ def test_notes_that_are_cleared_away_while_they_are_read_end_nothing(tmp_path: P
             (tmp_path / "loading" / "note").touch()
             loads.after_execution_succeeds(None)
 
-    thread = threading.Thread(target=come_and_go)
+    thread, interval = threading.Thread(target=come_and_go), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     thread.start()
     try:
         for _ in range(3000):
@@ -296,6 +298,7 @@ def test_notes_that_are_cleared_away_while_they_are_read_end_nothing(tmp_path: P
     finally:
         over.set()
         thread.join()
+        sys.setswitchinterval(interval)
 
 
 def test_a_broken_image_is_one_rejected_row(configured, local_ray: None, cifar10: Path, tmp_path: Path) -> None:
