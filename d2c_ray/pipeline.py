@@ -89,7 +89,7 @@ def _run(plan: Plan, upto: str, say: Say, record: bool) -> Plan:
     try:
         if on_ray:
             say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
-            slots = _connect(config)
+            slots = _connect(config, [node.config for node in wanted if node.stage == "attach" and not node.dir.done])
         _run_all(wanted, slots, status, say)
     finally:
         if on_ray:
@@ -220,12 +220,12 @@ def _say_stability(facts: dict[str, Any], say: Say) -> None:
         say(f"score: rank stability {stability:.2f} at |T| = {count}: not enough (0.9){more}")
 
 
-def _connect(config: Config) -> int:
+def _connect(config: Config, attaching: list[Config]) -> int:
     """Connects to Ray and returns the places for work that it has."""
-    from d2c_ray.distributed import cluster
+    from d2c_ray.distributed import attach, cluster
 
     cluster.connect(config.resources)
-    cluster.preflight(config.resources)
+    cluster.preflight(config.resources, max((attach.pools(own) for own in attaching), default=1))
     return cluster.places(config.resources)
 
 

@@ -7,6 +7,7 @@ A stage's folder is named by a hash of the configuration that can change its res
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from d2c_ray.config import FEATURE_SELECTORS, Config, arm_configs, to_dict
 from d2c_ray.data import manifest
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen, latents, teachers
+from d2c_ray.models import frozen, hub, latents, teachers, text, vision
 from d2c_ray.rundir import StageDir
 from d2c_ray.selection import rank
 from d2c_ray.training.batches import BLOCK
@@ -28,7 +29,7 @@ VERSIONS = {
     "score": 1,
     "embed": 1,
     "select": 2,
-    "attach": 1,
+    "attach": 2,
     "train": 1,
     "sample": 1,
     "reference": 1,
@@ -102,27 +103,36 @@ def make(config: Config, upto: str = "report") -> Plan:
     """Plans a run, reading no image and starting nothing.
 
     Args:
-        upto: the last stage that is wanted; the plan holds it, and else what the report needs.
+        upto: the last stage that is wanted; the plan holds it, and else what the report needs, as far as the weights for
+            that are at hand.
 
     Raises:
         UserError: a source, a checkpoint or weights that are not there, shapes that do not fit.
     """
     source = manifest.fingerprint(manifest.find(config.data, config.storage), config.data, config.storage)
-    folder = run_folder(config)
+    folder, last = run_folder(config), upto if upto in STAGES else "evaluate"
     nodes: dict[str, Node] = {}
     arms: dict[str, dict[str, Node]] = {}
     for arm, own in arm_configs(config).items():
         mine: dict[str, Node] = {}
-        needed = needs("evaluate", own) | needs(upto if upto in STAGES else "evaluate", own)
+        wanted = needs(last, own)
+        known = wanted | needs("evaluate", own)
         for stage, (inputs, hashed) in STAGES.items():
-            if stage not in needed:
+            if stage not in known or any(name not in mine for name in inputs(own)):
                 continue
+            try:
+                with nullcontext() if stage in wanted else hub.only_local():
+                    settings = hashed(own)
+            except UserError:
+                if stage in wanted:
+                    raise
+                continue  # its weights are not at hand, and nothing that is asked for needs them
             given = {name: mine[name] for name in inputs(own)}
             facts = {
                 "stage": stage,
                 "version": VERSIONS[stage],
                 "inputs": {name: node.hash for name, node in given.items()},
-                "config": hashed(own),
+                "config": settings,
             }
             if stage == "manifest":
                 facts["source"] = source
@@ -193,16 +203,14 @@ def _select(config: Config) -> dict[str, Any]:
 
 
 def _attach(config: Config) -> dict[str, Any]:
-    text, vision = config.attach.text, config.attach.vision
+    options, grid = config.attach, latents.grid_side(latents.latent_facts(config), config.model)
     return {
         **_latent(config),
         "flip": config.data.flip,
-        "grid": latents.grid_side(latents.latent_facts(config), config.model),
-        "rows_per_part": config.attach.rows_per_part,
-        "text": {**to_dict(text), "weights": frozen.file_hash(frozen.weights_file(text.encoder))} if text.encoder != "none" else None,
-        "vision": {**to_dict(vision), "weights": frozen.file_hash(frozen.weights_file(vision.encoder))}
-        if vision.encoder != "none"
-        else None,
+        "grid": grid,
+        "rows_per_part": options.rows_per_part,
+        "text": text.facts(options.text) if options.text.encoder != "none" else None,
+        "vision": {column: {**vision.facts(own, grid), "storage": own.storage} for column, own in options.encoders().items()},
     }
 
 
@@ -285,8 +293,7 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
             few images to evaluate with, a batch that does not divide.
     """
     config, rows, names, sizes = plan.config, data["rows"], data["class_names"], np.asarray(data["class_counts"])
-    for arm, nodes in plan.arms.items():
-        own = nodes["train"].config
+    for arm, own in arm_configs(config).items():
         try:
             rank.quotas(sizes, rank.budget_images(own.select.budget, rows), own.select.balance)
         except UserError as error:

@@ -61,16 +61,16 @@ SELECTION_CLASSES = {
     "score_max": "float32",
 }
 
+# Followed by the tokens of every vision encoder, tensors too: `vision`, `vision_NAME` of further ones (int8, or uint16 that
+# holds bf16), both flips where flips are on, and with int8 `vision_scale`, `vision_NAME_scale` (float32, one a token).
 CONDENSED = {
     "sample_id": "int64",
     "key": "string",
-    "label": "int32",
-    "image": "binary",  # encoded bytes as the source had them
+    "label": "int64",  # as dataset hubs number classes
+    "image": "struct<bytes, path>",  # encoded bytes as the source had them
     "pixels": "tensor",  # uint8, without a VAE
     "latent_mean": "tensor",  # float16, both flips where flips are on, with a VAE
     "latent_std": "tensor",
-    "vision": "tensor",  # int8 or bf16 patch tokens, both flips where flips are on
-    "vision_scale": "tensor",  # float32, one a token, with int8
 }
 
 CLASSES = {

@@ -1,7 +1,12 @@
-"""Writing the condensed dataset: what a student trains on, attached to decoded images."""
+"""Writing the condensed dataset: what a student trains on, attached to decoded images.
 
+Encoders add tensor columns to a table of decoded rows, in one process or one after the other in several; `write` makes
+a Parquet part of the result. Legend: N images, F flips kept, L tokens, V vision width.
+"""
+
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +17,21 @@ from torch import Tensor
 from d2c_ray import schema
 from d2c_ray.data import tables
 from d2c_ray.data.latent_cache import Latents
-from d2c_ray.models.frozen import Vae, VisionEncoder, quantise
+from d2c_ray.data.provenance import hub_features
+from d2c_ray.models.frozen import Vae, quantise
 from d2c_ray.training.batches import dequantise
+
+FAITHFUL = 0.999  # least cosine to bf16 of a token that is stored in int8, where storage is 'auto'
+ROW_GROUP_BYTES = 256 << 20
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as dataset hubs hold and show images
+
+
+class TokenEncoder(Protocol):
+    """A vision encoder, as `models.vision.load` gives it."""
+
+    width: int
+
+    def tokens(self, pixels: Tensor, side: int) -> Tensor: ...
 
 
 def model_input(pixels: Tensor, vae: Vae | None) -> Tensor:
@@ -30,55 +48,89 @@ def scaled(mean: Tensor, vae: Vae) -> Tensor:
 
 def posterior(pixels: Tensor, vae: Vae, flip: bool) -> tuple[Tensor, Tensor]:
     """Posterior mean and standard deviation of each image, and of its mirror image where `flip`: N x F x c x h x w float32."""
-    both = [vae.encode(side) for side in ([pixels, pixels.flip(2)] if flip else [pixels])]
+    both = [vae.encode(side) for side in _sides(pixels, flip)]
     return torch.stack([mean for mean, _ in both], 1), torch.stack([std for _, std in both], 1)
 
 
-def write_part(
-    path: Path, rows: pa.Table, pixels: Tensor, rejected: list[dict[str, str]], *,
-    vae: Vae | None, vision: VisionEncoder | None, grid: int, flip: bool, storage: str, keep_images: bool,
-    latents: Latents | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Attaches to decoded images what a student trains on, and writes them as one Parquet file.
+def latents(pixels: Tensor, vae: Vae, flip: bool) -> Latents:
+    """`posterior` as it is stored: 'latent_mean' and 'latent_std', float16."""
+    mean, std = posterior(pixels, vae, flip)
+    return {"latent_mean": mean.half().numpy(), "latent_std": std.half().numpy()}
+
+
+def tokens(
+    pixels: Tensor, encoder: TokenEncoder, grid: int, flip: bool, int8: bool, column: str, at_once: int
+) -> tuple[dict[str, np.ndarray], float | None]:
+    """Patch tokens of images, and of their mirror images where `flip`, as they are stored.
 
     Args:
-        rows: manifest rows, and their encoded `image` where `keep_images`.
-        pixels: uint8 N x H x W x C, of the same rows.
-        grid: side of the student's token grid, on which the vision tokens lie.
-        flip: attach to the mirrored image too; tensors then have two rows a flip, the plain one first.
-        storage: 'int8' or 'bf16', of the vision tokens.
-        latents: of these rows, as scoring kept them; None: encode.
+        pixels: uint8 N x H x W x C.
+        grid: side of the student's token grid, on which the tokens lie.
+        int8: one scale a token; otherwise bf16.
+        column: the tokens' name; their scales are `<column>_scale`.
+        at_once: images encoded before the next are, which bounds the memory; a multiple of the encoder's batch.
 
     Returns:
-        Facts of the part: rows, rejected rows, and the smallest cosine of a stored token to the encoder's own.
+        The columns, N x F x L x V int8 (or uint16 that holds bf16) and N x F float32 scales a token; and the smallest
+        cosine of a stored token to the encoder's own in bf16, None for no image.
     """
-    sides = [pixels, pixels.flip(2)] if flip else [pixels]
-    tensors: dict[str, np.ndarray] = {}
-    facts: dict[str, Any] = {"rows": len(rows), "rejected": rejected, "vision_cosine_min": None}
-    if vae is None:
-        tensors["pixels"] = pixels.numpy()
-    elif latents is not None:
-        tensors |= latents
-    else:
-        mean, std = posterior(pixels, vae, flip)
-        tensors["latent_mean"], tensors["latent_std"] = mean.half().numpy(), std.half().numpy()
-    if vision is not None and len(rows):
-        tokens = torch.stack([vision.tokens(side, grid) for side in sides], 1)  # N x F x L x V
-        if storage == "int8":
-            tensors["vision"], tensors["vision_scale"] = quantise(tokens.numpy())
+    stored: dict[str, list[np.ndarray]] = {}
+    least = None
+    for chunk in torch.split(pixels, at_once) if len(pixels) else [pixels]:
+        fresh = torch.stack([encoder.tokens(side, grid) for side in _sides(chunk, flip)], 1)  # n x F x L x V
+        if int8:
+            found = dict(zip((column, f"{column}_scale"), quantise(fresh.numpy()), strict=True))
         else:
-            tensors["vision"] = tokens.bfloat16().view(torch.int16).numpy().view(np.uint16)
-        stored = dequantise(tensors["vision"], tensors.get("vision_scale"))
-        facts["vision_cosine_min"] = float(F.cosine_similarity(stored, tokens, dim=-1).min())
+            found = {column: fresh.bfloat16().view(torch.int16).numpy().view(np.uint16)}
+        for name, values in found.items():
+            stored.setdefault(name, []).append(values)
+        if len(chunk):
+            kept = dequantise(found[column], found.get(f"{column}_scale"))
+            cosine = float(F.cosine_similarity(kept, fresh.bfloat16().float(), dim=-1).min())
+            least = cosine if least is None else min(least, cosine)
+    return {name: np.concatenate(values) for name, values in stored.items()}, least
+
+
+def add(table: pa.Table, tensors: dict[str, np.ndarray], cosine: dict[str, float | None] | None = None) -> pa.Table:
+    """The table with tensor columns appended; their cosines travel in its metadata until it is written."""
     kinds = {name: (str(values.dtype), values.shape[1:]) for name, values in tensors.items()}
-    wanted = {name: kind for name, kind in schema.CONDENSED.items() if kind == "tensor" or name in rows.column_names}
-    if not keep_images:
-        wanted.pop("image", None)
-    fields = tables.arrow_schema(wanted, kinds)
-    columns = [
-        tables.tensor_column(tensors[name]) if name in tensors else rows.column(name).cast(fields.field(name).type) for name in fields.names
-    ]
-    tables.write(path, pa.table(columns, schema=fields), facts)
+    fields = tables.arrow_schema(dict.fromkeys(tensors, "tensor"), kinds)
+    for name, values in tensors.items():
+        table = table.append_column(fields.field(name), tables.tensor_column(values))
+    known = {**_cosine(table), **(cosine or {})}
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), b"cosine": json.dumps(known).encode()})
+
+
+def write(path: Path, table: pa.Table, facts: dict[str, Any], class_names: list[str] | None = None) -> dict[str, Any]:
+    """Writes decoded rows with what was attached to them as one part.
+
+    Args:
+        table: manifest rows with `pixels` where they are to be kept, their encoded `image` where it is, and tensors.
+        facts: of the part, for its metadata.
+        class_names: of a part that ships, which then says what dataset hubs read.
+
+    Returns:
+        `facts` with the rows and the smallest cosine of every token column.
+    """
+    facts = {"rows": len(table), **facts, "cosine": _cosine(table)}
+    names = [name for name in schema.CONDENSED if name in table.column_names]
+    names += [name for name in table.column_names if name.startswith("vision")]
+    columns, fields = [], []
+    for name in names:
+        field, column = table.schema.field(name), table.column(name)
+        if name == "image":
+            keys = table.column("key").combine_chunks()
+            column = pa.StructArray.from_arrays([column.combine_chunks().cast(pa.binary()), keys], fields=list(IMAGE))
+            field = pa.field(name, IMAGE)
+        elif schema.CONDENSED.get(name, "tensor") != "tensor":
+            field = tables.arrow_schema({name: schema.CONDENSED[name]}).field(name)
+            column = column.cast(field.type)
+        columns.append(column)
+        fields.append(field)
+    made = pa.table(columns, schema=pa.schema(fields))
+    if class_names is not None:
+        made = made.replace_schema_metadata({b"huggingface": hub_features(made.schema, class_names)})
+    tables.write(path, made, facts, max(1, ROW_GROUP_BYTES // max(1, made.nbytes // max(1, len(made)))))
     return facts
 
 
@@ -96,3 +148,11 @@ def write_classes(path: Path, names: list[str], prompts: list[str], text: tuple[
         columns |= {"text_states": tables.tensor_column(states), "text_mask": tables.tensor_column(mask)}
     fields = tables.arrow_schema(schema.CLASSES, kinds)
     tables.write(path, pa.table([columns[name] for name in fields.names], schema=fields), {})
+
+
+def _sides(pixels: Tensor, flip: bool) -> list[Tensor]:
+    return [pixels, pixels.flip(2)] if flip else [pixels]
+
+
+def _cosine(table: pa.Table) -> dict[str, float | None]:
+    return json.loads((table.schema.metadata or {}).get(b"cosine", b"{}"))

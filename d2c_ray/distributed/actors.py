@@ -15,12 +15,13 @@ import pyarrow as pa
 import torch
 from ray.util import metrics
 
-from d2c_ray.config import AttachConfig, DataConfig, EmbedConfig, EvaluateConfig, SampleConfig, ScoreConfig, StorageConfig, VaeConfig
+from d2c_ray.config import DataConfig, EmbedConfig, EvaluateConfig, SampleConfig, ScoreConfig, StorageConfig, VaeConfig, VisionConfig
 from d2c_ray.data import attached, latent_cache, tables, units
 from d2c_ray.data.decode import decode, encode_png
 from d2c_ray.distributed.ingest import pack, unpack
 from d2c_ray.evaluate import sampling
 from d2c_ray.models import frozen, teachers, weights
+from d2c_ray.models import vision as encoders_of_images
 from d2c_ray.selection import difficulty
 
 
@@ -141,40 +142,66 @@ def hardware(device: torch.device) -> str:
 
 
 class Attacher:
-    """Latents and vision tokens of decoded images, written as one Parquet part a unit."""
+    """Adds what some encoders say of decoded images; the last of a chain writes one Parquet part a unit."""
 
     def __init__(
         self,
+        encoders: tuple[str, ...],
+        writes: bool,
         out: str,
         vae: VaeConfig,
-        attach: AttachConfig,
+        vision: dict[str, VisionConfig],
+        int8: dict[str, bool],
         grid: int,
         flip: bool,
-        keep_images: bool,
         latents: str,
+        class_names: list[str] | None,
         device: str,
         threads: int,
     ):
+        """
+        Args:
+            encoders: 'latent' and columns of `vision` that this actor adds.
+            writes: the rows as a part under `out`; otherwise they go on with what was added.
+            int8: by column, whether tokens are stored in int8.
+            grid: side of the student's token grid.
+            latents: folder of latents that scoring kept; empty: encode.
+            class_names: of parts that ship; None: of a teacher's.
+        """
         torch.set_num_threads(threads)
-        self.latents = Path(latents) if latents else None
-        self.out, self.attach, self.grid, self.flip, self.keep_images = Path(out), attach, grid, flip, keep_images
         target = torch.device(device)
-        vision = attach.vision
-        self.vae = frozen.Vae(vae, target) if vae.path else None
-        self.vision = (
-            frozen.VisionEncoder(vision.encoder, vision.image_size, target, vision.device_batch) if vision.encoder != "none" else None
-        )
+        self.writes, self.out, self.class_names, self.hardware = writes, Path(out), class_names, hardware(target)
+        self.grid, self.flip, self.int8, self.options = grid, flip, int8, vision
+        self.latents = Path(latents) if latents else None
+        self.vae = frozen.Vae(vae, target) if "latent" in encoders else None
+        self.vision = {column: encoders_of_images.load(vision[column], grid, target) for column in encoders if column != "latent"}
+        self.clock = Clock(self.hardware, "attached", "attaching")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (unit,) = batch.column("unit").to_pylist()
         table = unpack(batch.column("payload"))
-        rejected = json.loads(table.schema.metadata[b"rejected"])
-        kept = latent_cache.read(self.latents, table) if self.latents else None
-        facts = attached.write_part(
-            self.out / f"part-{json.loads(unit)['unit']:06d}.parquet", table, torch.from_numpy(units.pixels_of(table)), rejected,
-            vae=self.vae, vision=self.vision, grid=self.grid, flip=self.flip, storage=self.attach.vision.storage, keep_images=self.keep_images, latents=kept,
-        )  # fmt: skip
-        return pack(unit, pa.table({"facts": [json.dumps(facts)]}))
+        with self.clock.computing(len(table)):
+            table = self._add(table)
+        if not self.writes:
+            return pack(unit, table)
+        storage = {column: "int8" if int8 else "bf16" for column, int8 in self.int8.items()}
+        facts = {"rejected": json.loads(table.schema.metadata[b"rejected"]), "device": self.hardware, "storage": storage}
+        # Of the latents' images nothing is kept but their encoded bytes.
+        kept = table.drop_columns("pixels") if "latent_mean" in table.column_names else table
+        facts = attached.write(self.out / f"part-{json.loads(unit)['unit']:06d}.parquet", kept, facts, self.class_names)
+        return pack(unit, pa.table({"rows": [facts["rows"]]}).replace_schema_metadata({b"clock": json.dumps(self.clock.facts()).encode()}))
+
+    def _add(self, table: pa.Table) -> pa.Table:
+        pixels = torch.from_numpy(units.pixels_of(table))
+        if self.vae is not None:
+            kept = latent_cache.read(self.latents, table) if self.latents else None
+            table = attached.add(table, kept or attached.latents(pixels, self.vae, self.flip))
+        for column, encoder in self.vision.items():
+            found, cosine = attached.tokens(
+                pixels, encoder, self.grid, self.flip, self.int8[column], column, self.options[column].device_batch
+            )
+            table = attached.add(table, found, {column: cosine})
+        return table
 
 
 class Sampler:

@@ -154,10 +154,13 @@ def waiting_for(share: Share) -> str:
     return "waiting for the first results of new actors"
 
 
-def preflight(resources: ResourcesConfig) -> None:
+def preflight(resources: ResourcesConfig, pools: int = 1) -> None:
     """Refuses actors or workers that the cluster has no room for; Ray would wait for ever without a word.
 
     An autoscaling cluster is not refused: what is missing may come.
+
+    Args:
+        pools: actor pools that work one behind the other, each of one actor at least.
 
     Raises:
         UserError: names what is wanted, what there is, and the knob.
@@ -166,12 +169,12 @@ def preflight(resources: ResourcesConfig) -> None:
         return
     alive = nodes()
     cpus, gpus = sum(cpu for cpu, _ in alive), float(total_gpus())
-    wanted = share(resources, places(resources))
+    wanted = share(resources, max(pools, places(resources)))
     held = room(alive, wanted.gpus_per_actor)
     grows = "With nodes that come on demand, resources.autoscaling=true waits for them."
     if wanted.actors * wanted.gpus_per_actor > gpus:
         raise UserError(
-            f"resources.actors={wanted.actors} with resources.gpus_per_actor={wanted.gpus_per_actor} want {wanted.actors * wanted.gpus_per_actor:g} GPUs; the cluster has {gpus:g}. {grows}"
+            f"resources.actors={wanted.actors}{f' (a pool for each of {pools} encoders)' if pools > places(resources) else ''} with resources.gpus_per_actor={wanted.gpus_per_actor} want {wanted.actors * wanted.gpus_per_actor:g} GPUs; the cluster has {gpus:g}. {grows}"
         )
     if wanted.gpus_per_actor and wanted.actors > held:
         raise UserError(

@@ -11,8 +11,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def stream(
     say: Say = lambda text: None,
     *,
     notes: Path,
+    then: Sequence[dict[str, Any]] = (),
 ) -> Iterator[tuple[dict[str, Any], pa.Table]]:
     """Runs every unit through decoding and `actor`, yielding (unit, result) in any order.
 
@@ -76,6 +78,8 @@ def stream(
         keep_bytes: keep the encoded bytes beside the pixels.
         say: told what is waited for while nothing comes.
         notes: a folder that all nodes see, where actors leave a note while they load.
+        then: arguments of further pools of `actor`, each of which works on what the one before it gives. The share's
+            actors are spread over the pools.
 
     Raises:
         UserError: actors die again and again while they load.
@@ -99,13 +103,16 @@ def stream(
         fn_kwargs={"data": data, "storage": storage, "extend": extend, "keep_bytes": keep_bytes}, num_cpus=1,
         memory=1,  # a byte: tasks that ask for just what the actors ask for would be fused into them, and decode in turn with computing
     )  # fmt: skip
-    most = min(share.actors, len(units))
-    dataset = dataset.map_batches(
-        _noted(actor, notes), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, fn_constructor_kwargs=actor_args,
-        # Two calls at once, of which one computes: the next unit is unpacked by Ray while this one is worked on.
-        compute=ActorPoolStrategy(min_size=min(share.min_actors or most, most), max_size=most, max_concurrent_calls_per_actor=2),
-        num_cpus=1, num_gpus=share.gpus_per_actor or None,
-    )  # fmt: skip
+    given = [actor_args, *then]
+    share = replace(share, actors=max(share.actors, len(given)))
+    for index, arguments in enumerate(given):
+        most = min(len(range(index, share.actors, len(given))), len(units))
+        dataset = dataset.map_batches(
+            _noted(actor, notes), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, fn_constructor_kwargs=arguments,
+            # Two calls at once, of which one computes: the next unit is unpacked by Ray while this one is worked on.
+            compute=ActorPoolStrategy(min_size=min(share.min_actors or most, most), max_size=most, max_concurrent_calls_per_actor=2),
+            num_cpus=1, num_gpus=share.gpus_per_actor or None,
+        )  # fmt: skip
     loads = _Loads(notes, share.actors)
     dataset.context.custom_execution_callback_classes = [lambda: loads]
     with _Listener(share, say) as listener, _words_of_actors():

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2c_ray.config import get
+from d2c_ray.config import get, to_dict
 from d2c_ray.data import score_parts, tables, units
 from d2c_ray.data.decode import decode
 from d2c_ray.plan import Node, Plan
@@ -149,4 +149,4 @@ def differences(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
     configs = {name: nodes["train"].config for name, nodes in plan.arms.items()}
     keys = [key for key in describe() if key != "arms"]
     rows = [(key, {name: get(config, key) for name, config in configs.items()}) for key in keys]
-    return [(key, values) for key, values in rows if len({json.dumps(value) for value in values.values()}) > 1]
+    return [(key, values) for key, values in rows if len({json.dumps(value, default=to_dict) for value in values.values()}) > 1]

@@ -15,7 +15,7 @@ from d2c_ray.progress import clock
 from d2c_ray.report import contact_sheet, gather, plots
 from d2c_ray.rundir import versions, write_text
 
-VERSION = 2  # raise it when the page changes
+VERSION = 3  # raise it when the page changes
 MOST_CLASSES = 1000  # of a selection's table that the page shows
 FEW_SAMPLES = 10_000  # below this a Fréchet distance is dominated by its own bias
 

@@ -1,60 +1,124 @@
 """attach: the condensed dataset, the chosen images with their text states, vision tokens and latents."""
 
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2c_ray.data import attached, condensed, tables
+from d2c_ray.data import attached, condensed, provenance, tables
 from d2c_ray.distributed import attach, cluster
 from d2c_ray.distributed.score import LATENTS
 from d2c_ray.errors import UserError
 from d2c_ray.job import Job, Result
-from d2c_ray.models import frozen, latents
+from d2c_ray.models import latents, text, vision
+from d2c_ray.plan import STAGES
 from d2c_ray.rejects import Rejects
+from d2c_ray.report import card
+from d2c_ray.rundir import StageDir, versions
+from d2c_ray.selection.baselines import NEEDS_SCORES
 
 ROWS = "rows.parquet"
+SELECTION = "selection.parquet"
 
 
 def run(job: Job) -> Result:
-    config, names = job.config, job.facts("manifest")["class_names"]
-    selected = tables.read(job.inputs["select"].parts(), ["sample_id"]).column("sample_id").combine_chunks()
-    parts = [tables.read(path) for path in job.inputs["manifest"].parts()]
-    rows = pa.concat_tables([part.filter(pc.is_in(part.column("sample_id"), selected)) for part in parts])
-    tables.write(job.out / ROWS, rows, {}, config.attach.rows_per_part)
-
-    text = config.attach.text
-    prompts = [text.template.format(name=name) if text.encoder != "none" else "" for name in names]
-    states = frozen.encode_text(text.encoder, prompts, text.tokens) if text.encoder != "none" else None
-    attached.write_classes(job.out / condensed.CLASSES, names, prompts, states)
+    config, options, names = job.config, job.config.attach, job.facts("manifest")["class_names"]
+    share = cluster.share(config.resources, job.places)
+    rows = _selection(job)
+    write_classes = _classes(job, names, share)
 
     latent = latents.latent_facts(config)
+    grid = latents.grid_side(latent, config.model)
     kept = job.inputs["score"].path / LATENTS if "score" in job.inputs else None
     rejects = Rejects("attach", len(rows), 1.0)
-    share = cluster.share(config.resources, job.places)
     with job.progress(len(rows)) as progress:
-        facts = attach.attach(
-            config,
-            config.attach,
-            [job.out / ROWS],
-            latents.grid_side(latent, config.model),
-            job.out,
-            share,
-            rejects,
-            progress,
-            True,
-            kept if kept and kept.is_dir() else None,
-        )
+        parts = attach.attach(
+            config, options.encoders(), [job.out / ROWS], grid, job.out, share, rejects, progress, options.rows_per_part,
+            keep_images=True, latents=kept if kept and kept.is_dir() else None, class_names=names,
+        )  # fmt: skip
+    write_classes()
     rejects.write(job.out)
     if rejects.rows:
         row = rejects.rows[0]
         raise UserError(
             f"attach: {len(rejects.rows)} chosen images can no longer be read, the first {row['key']}: {row['reason']}. They were readable when they were scored; has the source changed?"
         )
-    cosines = [part["vision_cosine_min"] for part in facts if part["vision_cosine_min"] is not None]
+    shown = {
+        column: {**vision.facts(own, grid), "storage": parts[0]["storage"][column], "cosine_min": _least(parts, column)}
+        for column, own in options.encoders().items()
+    }
+    told = provenance.write(
+        job.out, fingerprint=job.fingerprint, rows=len(rows), class_names=names,
+        data={"source": config.data.source, "path": config.data.path, "image_size": config.data.image_size, "channels": config.data.channels},
+        flip=config.data.flip, latent=latent, vae=_vae(job), grid=grid, text=text.facts(options.text) if options.text.encoder != "none" else None,
+        vision=shown, selection=job.facts("select"), cost_seconds=_costs(job), versions=versions(),
+    )  # fmt: skip
+    card.write(job.out, told)
     return Result(
-        len(rows), sum(part["rows"] for part in facts), 0,
+        len(rows), sum(part["rows"] for part in parts), 0,
         {
             "class_names": names, "labels": sorted({max(0, label) for label in rows.column("label").to_pylist()}), "flip": config.data.flip, "latent": latent, "fingerprint": job.fingerprint,
-            "text_encoder": text.encoder, "vision_encoder": config.attach.vision.encoder, "vision_cosine_min": min(cosines) if cosines else None,
-            "bytes": sum(path.stat().st_size for path in job.out.glob("part-*.parquet")),
+            "text_encoder": options.text.encoder, "vision": shown, "bytes": sum(path.stat().st_size for path in job.out.glob("part-*.parquet")),
         },
     )  # fmt: skip
+
+
+def _selection(job: Job) -> pa.Table:
+    """Writes the chosen images' manifest rows, and what the selection says of them; gives the rows."""
+    chosen = tables.read(job.inputs["select"].parts()).sort_by("sample_id")
+    selected = chosen.column("sample_id").combine_chunks()
+    parts = [tables.read(path) for path in job.inputs["manifest"].parts()]
+    rows = pa.concat_tables([part.filter(pc.is_in(part.column("sample_id"), selected)) for part in parts])
+    tables.write(job.out / ROWS, rows, {}, job.config.attach.rows_per_part)
+    tables.write(job.out / SELECTION, chosen, job.facts("select"))
+    return rows
+
+
+def _classes(job: Job, names: list[str], share: cluster.Share) -> Callable[[], None]:
+    """Begins the class table, once; gives a function that waits for the text states and writes it."""
+    out, options = job.out / condensed.CLASSES, job.config.attach.text
+    if out.is_file():
+        return lambda: None
+    if options.encoder == "none":
+        return lambda: attached.write_classes(out, names, [""] * len(names), None)
+    prompts = [text.prompt(options.template, name) for name in names]
+    encoded = attach.start_text(options, prompts, share)
+
+    def finish() -> None:
+        states, mask, cut = encoded()
+        attached.write_classes(out, names, prompts, (states, mask))
+        if cut:
+            words = f"{len(cut)} prompts are longer than attach.text.tokens={options.tokens} and were cut, the first: {cut[0]!r}"
+            print(f"d2c: attach: {words}", file=sys.stderr, flush=True)
+
+    return finish
+
+
+def _least(parts: list[dict[str, Any]], column: str) -> float | None:
+    return min((part["cosine"][column] for part in parts if part["cosine"][column] is not None), default=None)
+
+
+def _vae(job: Job) -> dict[str, Any] | None:
+    vae = job.config.vae
+    return (
+        {"path": vae.path, "subfolder": vae.subfolder, "precision": vae.precision, "device_batch": vae.device_batch} if vae.path else None
+    )
+
+
+def _costs(job: Job) -> dict[str, float]:
+    """Seconds of every stage that this dataset would have needed on its own, and of this one so far."""
+    free = () if job.config.select.selector in NEEDS_SCORES else ("teacher", "score")
+    found: dict[str, float] = {}
+    waiting = list(job.inputs.items())
+    while waiting:
+        stage, folder = waiting.pop()
+        if stage in free or stage in found:
+            continue
+        record = folder.success()
+        found[stage] = record["seconds"]
+        waiting += [(name, StageDir(folder.path.parent / given)) for name, given in record["inputs"].items()]
+    ordered = {stage: found[stage] for stage in STAGES if stage in found}
+    return {**ordered, "attach": round(job.seconds_before + time.monotonic() - job.started, 2)}

@@ -1,7 +1,6 @@
 """teacher: the model that judges difficulty, given or trained on all the data."""
 
 from d2c_ray import job as jobs
-from d2c_ray.config import AttachConfig
 from d2c_ray.distributed import attach, cluster, trainer
 from d2c_ray.models import latents, teachers, weights
 from d2c_ray.plan import checked_checkpoint
@@ -31,15 +30,7 @@ def run(job: jobs.Job) -> jobs.Result:
         share = cluster.share(config.resources, job.places)
         with job.progress(data["rows"], title="teacher: read images") as progress:
             parts = attach.attach(
-                config,
-                AttachConfig(rows_per_part=ROWS_PER_PART),
-                job.inputs["manifest"].parts(),
-                grid,
-                whole,
-                share,
-                rejects,
-                progress,
-                False,
+                config, {}, job.inputs["manifest"].parts(), grid, whole, share, rejects, progress, ROWS_PER_PART, keep_images=False
             )
         facts = {
             "class_names": data["class_names"], "labels": [label for label, size in enumerate(data["class_counts"]) if size], "flip": config.data.flip, "latent": latent, "fingerprint": f"{job.fingerprint}-all",
