@@ -17,6 +17,8 @@ from d2c_ray.config import FEATURE_SELECTORS, Config, arm_configs, to_dict
 from d2c_ray.data import manifest
 from d2c_ray.errors import UserError
 from d2c_ray.models import frozen, latents, teachers
+from d2c_ray.models import text as text_encoders
+from d2c_ray.models import vision as vision_encoders
 from d2c_ray.rundir import StageDir
 from d2c_ray.selection import rank
 from d2c_ray.training.batches import BLOCK
@@ -193,16 +195,14 @@ def _select(config: Config) -> dict[str, Any]:
 
 
 def _attach(config: Config) -> dict[str, Any]:
-    text, vision = config.attach.text, config.attach.vision
+    text, vision, grid = config.attach.text, config.attach.vision, latents.grid_side(latents.latent_facts(config), config.model)
     return {
         **_latent(config),
         "flip": config.data.flip,
-        "grid": latents.grid_side(latents.latent_facts(config), config.model),
+        "grid": grid,
         "rows_per_part": config.attach.rows_per_part,
-        "text": {**to_dict(text), "weights": frozen.file_hash(frozen.weights_file(text.encoder))} if text.encoder != "none" else None,
-        "vision": {**to_dict(vision), "weights": frozen.file_hash(frozen.weights_file(vision.encoder))}
-        if vision.encoder != "none"
-        else None,
+        "text": {**to_dict(text), **text_encoders.facts(text)} if text.encoder != "none" else None,
+        "vision": {**to_dict(vision), **vision_encoders.facts(vision, grid)} if vision.encoder != "none" else None,
     }
 
 

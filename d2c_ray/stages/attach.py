@@ -2,13 +2,15 @@
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from d2c_ray.data import attached, condensed, tables
 from d2c_ray.distributed import attach, cluster
 from d2c_ray.distributed.score import LATENTS
 from d2c_ray.errors import UserError
 from d2c_ray.job import Job, Result
-from d2c_ray.models import frozen, latents
+from d2c_ray.models import latents
+from d2c_ray.models import text as text_encoders
 from d2c_ray.rejects import Rejects
 
 ROWS = "rows.parquet"
@@ -22,8 +24,8 @@ def run(job: Job) -> Result:
     tables.write(job.out / ROWS, rows, {}, config.attach.rows_per_part)
 
     text = config.attach.text
-    prompts = [text.template.format(name=name) if text.encoder != "none" else "" for name in names]
-    states = frozen.encode_text(text.encoder, prompts, text.tokens) if text.encoder != "none" else None
+    prompts = [text_encoders.prompt(text.template, name) if text.encoder != "none" else "" for name in names]
+    states = text_encoders.encode(text, prompts, torch.device("cpu")) if text.encoder != "none" else None
     attached.write_classes(job.out / condensed.CLASSES, names, prompts, states)
 
     latent = latents.latent_facts(config)
