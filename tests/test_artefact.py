@@ -24,6 +24,7 @@ from d2c_ray.data import attached, decode, export, manifest, provenance, tables,
 from d2c_ray.errors import UserError
 from d2c_ray.models import frozen
 from d2c_ray.report import card
+
 from d2c_ray.training.batches import dequantise
 
 CPU = torch.device("cpu")

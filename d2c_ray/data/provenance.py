@@ -53,11 +53,15 @@ def _describe(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest(), "rows": rows_of(path)}
+
+
+def rows_of(path: Path) -> int | None:
+    """Rows of a Parquet file; None where it cannot be read."""
     try:
-        rows: int | None = pq.read_metadata(path).num_rows
+        return pq.read_metadata(path).num_rows
     except (pa.ArrowInvalid, OSError):
-        rows = None
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest(), "rows": rows}
+        return None
 
 
 def write(folder: str | Path, **fields: Any) -> dict[str, Any]:
