@@ -11,15 +11,22 @@ STRIP_PIXELS = 56  # height of an image in a strip, at least
 
 def strip(images: list[np.ndarray], gap: int = 2) -> str:
     """Images (H x W x C uint8, one size) side by side on white, enlarged by whole steps where small: a PNG data URI."""
-    if not images:
-        return ""
-    factor = max(1, round(STRIP_PIXELS / images[0].shape[0]))
-    height, width = (side * factor for side in images[0].shape[:2])
-    canvas = np.full((height, len(images) * (width + gap) - gap, 3), 255, np.uint8)
-    for index, image in enumerate(images):
-        large = image.repeat(factor, 0).repeat(factor, 1)
-        canvas[:, index * (width + gap) : index * (width + gap) + width] = large if large.shape[2] == 3 else large.repeat(3, 2)
-    return "data:image/png;base64," + base64.b64encode(encode_png(canvas)).decode()
+    return "data:image/png;base64," + base64.b64encode(sheet([images], gap)).decode() if images else ""
+
+
+def sheet(rows: list[list[np.ndarray]], gap: int = 2) -> bytes:
+    """Rows of images (H x W x C uint8, one size) on white, enlarged by whole steps where small: a PNG file."""
+    first = next(image for row in rows for image in row)
+    factor = max(1, round(STRIP_PIXELS / first.shape[0]))
+    height, width = (side * factor for side in first.shape[:2])
+    longest = max(len(row) for row in rows)
+    canvas = np.full((len(rows) * (height + gap) - gap, longest * (width + gap) - gap, 3), 255, np.uint8)
+    for line, row in enumerate(rows):
+        for index, image in enumerate(row):
+            top, left = line * (height + gap), index * (width + gap)
+            large = image.repeat(factor, 0).repeat(factor, 1)
+            canvas[top : top + height, left : left + width] = large if large.shape[2] == 3 else large.repeat(3, 2)
+    return encode_png(canvas)
 
 
 def evenly(count: int, wanted: int) -> np.ndarray:
