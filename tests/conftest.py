@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
+from faulty_s3 import S3Server
 
-from d2c_ray.config import Config, load
+from d2c_ray import pipeline
+from d2c_ray.config import Config, ResourcesConfig, load
+from d2c_ray.distributed import cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 DEBUG = ROOT / "configs" / "debug.yaml"
@@ -59,3 +63,24 @@ def gadc_case() -> Callable[[str], dict[str, np.ndarray]]:
             return dict(case)
 
     return read
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with S3Server() as running:
+        yield running
+
+
+@pytest.fixture
+def local_ray(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One Ray for all tests that ask for it; it starts after the service, whose credentials its workers inherit."""
+    if not ray.is_initialized():
+        cluster.connect(ResourcesConfig(num_cpus=6))
+    monkeypatch.setattr(pipeline, "_disconnect", lambda: None)
+
+
+@pytest.fixture
+def no_ray() -> Iterator[None]:
+    ray.shutdown()
+    yield
+    ray.shutdown()

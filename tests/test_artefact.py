@@ -101,7 +101,19 @@ def write_artefact(
         "score": pa.array(np.linspace(0.1, 0.9, len(rows)).astype(np.float32)), "class_size": pa.array([500] * len(rows)), "position": pa.array(position),
     }  # fmt: skip
     wanted = tables.arrow_schema(schema.SELECTION)
-    tables.write(folder / "selection.parquet", pa.table([pa.chunked_array(selection[n]).cast(wanted.field(n).type) if isinstance(selection[n], pa.ChunkedArray) else selection[n].cast(wanted.field(n).type) for n in wanted.names], schema=wanted), chosen)
+    tables.write(
+        folder / "selection.parquet",
+        pa.table(
+            [
+                pa.chunked_array(selection[n]).cast(wanted.field(n).type)
+                if isinstance(selection[n], pa.ChunkedArray)
+                else selection[n].cast(wanted.field(n).type)
+                for n in wanted.names
+            ],
+            schema=wanted,
+        ),
+        chosen,
+    )
     tables.write(folder / "rows.parquet", rows.select(["sample_id", "key"]), {})
     described = provenance.write(
         folder, fingerprint="0123abcd", rows=len(rows), class_names=names, flip=flip, latent=latent, grid=GRID, vision=vision, selection=chosen,
@@ -115,7 +127,15 @@ def write_artefact(
         versions={"python": "3.11", "pillow": __import__("PIL").__version__, "commit": "abc1234"},
     )  # fmt: skip
     facts = {"class_names": names, "labels": sorted(set(labels.tolist())), "flip": flip, "latent": latent, "fingerprint": "0123abcd"}
-    success = {"stage": "attach", "fingerprint": "0123abcd", "rows_in": len(rows), "rows_done": len(rows), "rows_rejected": 0, "seconds": 61.0, "facts": facts}
+    success = {
+        "stage": "attach",
+        "fingerprint": "0123abcd",
+        "rows_in": len(rows),
+        "rows_done": len(rows),
+        "rows_rejected": 0,
+        "seconds": 61.0,
+        "facts": facts,
+    }
     card.write(folder, described)
     (folder / "_SUCCESS.json").write_text(json.dumps(success))
     return folder

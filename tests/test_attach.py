@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEBUG, ROOT
 from test_pipeline import kill, start, vae_folder, wait_for
-from test_score import Chaos, local_ray, no_ray, server, teacher_folder  # noqa: F401 - fixtures
+from test_score import Chaos, no_ray_is_left, teacher_folder  # noqa: F401 - a fixture for the whole module
 
 from d2c_ray import pipeline
 from d2c_ray import plan as plans
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(cifar10: Path, models: Path, server, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, StageDir]:  # noqa: F811
+def whole(cifar10: Path, models: Path, server, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, StageDir]:
     """An undisturbed run, and its condensed dataset."""
     if not ray.is_initialized():
         cluster.connect(ResourcesConfig(num_cpus=6))
@@ -128,7 +128,7 @@ def test_stored_is_what_the_encoders_say_of_the_stored_image(whole: tuple[Config
     assert selected.column("key").to_pylist() == table.column("key").to_pylist()
 
 
-def test_encoders_apart_and_more_actors_give_the_same_bytes(whole, again, local_ray: None) -> None:  # noqa: F811
+def test_encoders_apart_and_more_actors_give_the_same_bytes(whole, again, local_ray: None) -> None:
     config, folder = again("resources.encoders_apart=true", "resources.actors=2")
     assert attach.pools(config) == 3
     attached(config)
@@ -136,7 +136,7 @@ def test_encoders_apart_and_more_actors_give_the_same_bytes(whole, again, local_
     assert len(content(folder)) == 8 + 4, "parts; classes, selection, rows, rejected"
 
 
-def test_too_coarse_for_int8_makes_the_whole_table_bf16(again, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_too_coarse_for_int8_makes_the_whole_table_bf16(again, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where parts of an earlier attempt are int8 already."""
     config, folder = again(keep=True)
     cosines = sorted(tables.metadata(path)["cosine"]["vision"] for path in folder.parts())
@@ -152,7 +152,7 @@ def test_too_coarse_for_int8_makes_the_whole_table_bf16(again, local_ray: None, 
     assert folder.success()["rows_done"] == 24
 
 
-def test_parts_of_other_hardware_are_refused(again, local_ray: None) -> None:  # noqa: F811
+def test_parts_of_other_hardware_are_refused(again, local_ray: None) -> None:
     config, folder = again(keep=True)
     first, second = folder.parts()[:2]
     tables.write(first, pq.read_table(first), {**tables.metadata(first), "device": "NVIDIA H200"})
@@ -166,7 +166,7 @@ def test_an_actor_killed_while_it_attaches_costs_nothing(
     again,
     local_ray: None,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "actors").mkdir()
 
@@ -189,7 +189,7 @@ def test_an_actor_killed_while_it_attaches_costs_nothing(
     assert content(folder) == content(whole[1])
 
 
-def test_killed_and_resumed_it_is_the_same_to_the_byte(whole, again, no_ray: None, tmp_path: Path) -> None:  # noqa: F811
+def test_killed_and_resumed_it_is_the_same_to_the_byte(whole, again, no_ray: None, tmp_path: Path) -> None:
     config, folder = again("resources.rows_per_task=1")
     (tmp_path / "own.yaml").write_text(to_yaml(config))
     process = start("attach", str(tmp_path / "own.yaml"))

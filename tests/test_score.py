@@ -48,29 +48,8 @@ COLUMNS = ["sample_id", "key", "label", "score", "errors", "shard"]
 FAULTS = ("503", "reset", "cut", "stall")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as running:
-        yield running
-
-
 @pytest.fixture(scope="module", autouse=True)
 def no_ray_is_left() -> Iterator[None]:
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture
-def local_ray(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One Ray for all tests that ask for it; it starts after the service, whose credentials its workers inherit."""
-    if not ray.is_initialized():
-        cluster.connect(ResourcesConfig(num_cpus=6))
-    monkeypatch.setattr(pipeline, "_disconnect", lambda: None)
-
-
-@pytest.fixture
-def no_ray() -> Iterator[None]:
-    ray.shutdown()
     yield
     ray.shutdown()
 
