@@ -210,8 +210,13 @@ def _attach(config: Config) -> dict[str, Any]:
         "grid": grid,
         "rows_per_part": options.rows_per_part,
         "text": text.facts(options.text) if options.text.encoder != "none" else None,
-        "vision": {column: {**vision.facts(own, grid), "storage": own.storage} for column, own in options.encoders().items()},
+        "vision": {column: {**vision.facts(own, grid, _key(column)), "storage": own.storage} for column, own in options.encoders().items()},
     }
+
+
+def _key(column: str) -> str:
+    """Where the configuration speaks of the encoder of a column."""
+    return "attach.vision" if column == "vision" else f"attach.also.{column.removeprefix('vision_')}"
 
 
 def _train(config: Config) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def test_only_what_is_asked_for_needs_its_weights(debug_config, monkeypatch: pyt
     plan = plans.make(config, "score")
     assert [node.stage for node in plan.nodes] == ["manifest", "teacher", "score", "select", "reference"]
     for upto in ("attach", "report"):
-        with pytest.raises(UserError, match=r"attach\.vision\.encoder=dinov2-b"):
+        with pytest.raises(UserError, match=r"attach\.vision\.encoder=facebook/dinov2-base: there is no such folder"):
             plans.make(config, upto)
 
 

@@ -54,7 +54,9 @@ class Row:
             with Image.open(io.BytesIO(self.image)) as image:
                 return _EXTENSIONS.get(image.format or "", (image.format or "bin").lower())
         except Exception as error:
-            raise UserError(f"'{self.key}': its bytes are no image that can be opened ({error}); d2c verify says what else is wrong.") from None
+            raise UserError(
+                f"'{self.key}': its bytes are no image that can be opened ({error}); d2c verify says what else is wrong."
+            ) from None
 
 
 def export(folder: str | Path, form: str, out: str | Path, per_shard: int = PER_SHARD) -> int:
@@ -78,7 +80,9 @@ def export(folder: str | Path, form: str, out: str | Path, per_shard: int = PER_
     if not (folder / SUCCESS).is_file():
         raise UserError(f"'{folder}' is no finished condensed dataset: it has no {SUCCESS}.")
     if out.is_dir() if form == "ids" else out.exists() and not out.is_dir():
-        raise UserError(f"'{out}' is {'a folder' if out.is_dir() else 'a file'}; {form} are written to a {'file' if form == 'ids' else 'folder'}.")
+        raise UserError(
+            f"'{out}' is {'a folder' if out.is_dir() else 'a file'}; {form} are written to a {'file' if form == 'ids' else 'folder'}."
+        )
     if out.exists() and (any(out.iterdir()) if out.is_dir() else out.stat().st_size):
         raise UserError(f"'{out}' is there already and not empty. Nothing is written over: give another name, or remove it.")
     return FORMS[form](folder, names, out, per_shard)
@@ -178,7 +182,9 @@ def _ids(folder: Path, names: list[str], out: Path, per_shard: int) -> int:
             if table:
                 table((row.sample_id, row.key, row.label, row.name))
             elif "\n" in row.key or "\r" in row.key:
-                raise UserError(f"the key {row.key!r} has a line break, so it cannot be a line of its own. A file that ends in .csv can hold it.")
+                raise UserError(
+                    f"the key {row.key!r} has a line break, so it cannot be a line of its own. A file that ends in .csv can hold it."
+                )
             else:
                 file.write(row.key + "\n")
             count += 1

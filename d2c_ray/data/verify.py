@@ -172,7 +172,9 @@ def _classes(folder: Path, stated: dict[str, Any], found: Findings, images: int)
             seen = mask[some] > 0
             cosine = np.where(seen, _cosine(states[some], new_states), 1.0).min(1)
             who = [names[int(row)] for row in some]
-            found.rows_wrong(CLASSES, "text_mask", (seen != (new_mask > 0)).any(1), 0, who, f"is not that of the prompt, read by {text['encoder']}")
+            found.rows_wrong(
+                CLASSES, "text_mask", (seen != (new_mask > 0)).any(1), 0, who, f"is not that of the prompt, read by {text['encoder']}"
+            )
             low = f"states are not what {text['encoder']} makes of the prompt (cosine {cosine.min():.3f})"
             found.rows_wrong(CLASSES, "text_states", cosine < COSINE, 0, who, low)
             found.encoders.append(text["encoder"])
@@ -243,7 +245,10 @@ def _fields(where: str, fields: pa.Schema, stated: dict[str, Any], found: Findin
         features = json.loads(stored)["info"]["features"] if stored else {}
         for name in sorted(hub):
             if features.get(name) != hub[name]:
-                found.fault(where, f"schema metadata '{provenance.HUB.decode()}' says {_short(features.get(name))} of '{name}', not {_short(hub[name])}")
+                found.fault(
+                    where,
+                    f"schema metadata '{provenance.HUB.decode()}' says {_short(features.get(name))} of '{name}', not {_short(hub[name])}",
+                )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         found.fault(where, f"schema metadata '{provenance.HUB.decode()}' cannot be read ({error!r})")
     return readable
@@ -416,7 +421,9 @@ class _Sample:
                 if apart > (0 if exact else OTHER_DECODER):
                     self.found.fault(where, f"column 'pixels': {at}: not the pixels of its image, {apart} grey levels apart")
                 elif apart:
-                    self.found.note(f"pixels differ by up to {OTHER_DECODER} grey levels from those that this Pillow decodes; another version made them")
+                    self.found.note(
+                        f"pixels differ by up to {OTHER_DECODER} grey levels from those that this Pillow decodes; another version made them"
+                    )
             self.held.append((where, start + row, key, pixels, table.slice(row, 1).drop_columns(["image"])))
         if len(self.held) >= _HELD_ROWS:
             self.encode()
@@ -458,7 +465,9 @@ class _Sample:
                 made = _at_hand(lambda: _load_vae(stated), "the latents", self.found)
                 if made is not None and made[0] != stated["latent"].get("encoder"):
                     said = stated["latent"].get("encoder")
-                    self.found.note(f"the latents were not encoded anew: the VAE at hand has the encoder weights {made[0]}, they are of {said}")
+                    self.found.note(
+                        f"the latents were not encoded anew: the VAE at hand has the encoder weights {made[0]}, they are of {said}"
+                    )
                     made = None
                 name = (stated.get("vae") or {}).get("path", "")
             else:
@@ -478,7 +487,9 @@ class _Sample:
         vision = self.stated["vision"][column]
         if fresh.shape != stored.shape:
             where = provenance.NAME
-            return self.found.fault(where, f"vision.{column}: {vision['encoder']} gives tokens of {fresh.shape[2:]}, stored are {stored.shape[2:]}")
+            return self.found.fault(
+                where, f"vision.{column}: {vision['encoder']} gives tokens of {fresh.shape[2:]}, stored are {stored.shape[2:]}"
+            )
         cosine = _cosine(stored, fresh)  # N x F x L
         length, new_length = np.linalg.norm(stored, axis=-1), np.linalg.norm(fresh, axis=-1)
         long = (np.abs(length - new_length) > SIZE * new_length + 1e-6).any((1, 2))
@@ -489,7 +500,11 @@ class _Sample:
         self._name(column, rows, low, lambda row: f"tokens {self._like(stored, fresh, row, rows)} (cosine {cosine[row].min():.3f})")
         self._name(column, rows, long & ~low, lambda row: "tokens of the right direction and another length: their scale is wrong")
         # Half a step of the rounding, and a little for the order in which a machine adds up.
-        step = np.concatenate([tables.tensor_values(row[4], f"{column}_scale") for row in rows])[..., None] if vision["storage"] == "int8" else None
+        step = (
+            np.concatenate([tables.tensor_values(row[4], f"{column}_scale") for row in rows])[..., None]
+            if vision["storage"] == "int8"
+            else None
+        )
         bound = (step / 2 if step is not None else np.abs(fresh) / 256) + 1e-3 * np.abs(fresh).max(-1, keepdims=True)
         beyond = (np.abs(stored - fresh) > bound).any((1, 2, 3)) & ~low & ~long
         if beyond.any():
@@ -544,7 +559,9 @@ def _order(rows: pa.Table, found: Findings) -> None:
     falls = np.flatnonzero(np.diff(ids) <= 0)
     if len(falls):
         row = int(falls[0]) + 1
-        found.fault("part-*.parquet", f"column 'sample_id': {ids[row]} comes after {ids[row - 1]} (row {row} over all parts); it must ascend")
+        found.fault(
+            "part-*.parquet", f"column 'sample_id': {ids[row]} comes after {ids[row - 1]} (row {row} over all parts); it must ascend"
+        )
     counts = pc.value_counts(rows.column("key"))
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(twice):
@@ -573,7 +590,9 @@ def _selection(folder: Path, stated: dict[str, Any], rows: pa.Table, found: Find
             differ = [row for row, (one, other) in enumerate(zip(theirs, ours, strict=True)) if one != other]
             if differ:
                 row = differ[0]
-                found.fault(where, f"column '{name}': sample_id {ids[row]} is {ours[row]!r}, in its part {theirs[row]!r}; {len(differ)} differ")
+                found.fault(
+                    where, f"column '{name}': sample_id {ids[row]} is {ours[row]!r}, in its part {theirs[row]!r}; {len(differ)} differ"
+                )
     counts = _counts(rows)
     for label, count in _counts(table).items():
         positions = np.sort(table.column("position").to_numpy()[table.column("label").to_numpy() == label])
@@ -659,9 +678,7 @@ def _short(value: Any) -> str:
 
 
 def _other_weights(column: str, stated: dict[str, Any], weights: str) -> str:
-    return (
-        f"'{column}' was not compared with a new encoding: it was made by {stated['encoder']} with the weights {stated['weights']}, those at hand are {weights}"
-    )
+    return f"'{column}' was not compared with a new encoding: it was made by {stated['encoder']} with the weights {stated['weights']}, those at hand are {weights}"
 
 
 def _at_hand(load: Callable[[], Any], what: str, found: Findings) -> Any:
@@ -729,7 +746,9 @@ def _encode_text(stated: dict[str, Any], prompts: list[str]) -> tuple[str, tuple
 
     if find_spec("d2c_ray.models.text") is not None:
         text = import_module("d2c_ray.models.text")
-        options = TextConfig(**{name: stated[name] for name in ("encoder", "template", "tokens", "precision", "device_batch") if name in stated})
+        options = TextConfig(
+            **{name: stated[name] for name in ("encoder", "template", "tokens", "precision", "device_batch") if name in stated}
+        )
         weights, (states, mask) = text.facts(options)["weights"], text.encode(options, prompts, _device())
     else:
         weights = frozen.file_hash(frozen.weights_file(stated["encoder"]))

@@ -216,7 +216,9 @@ def _load_vae(config: VaeConfig) -> Any:
     # A .bin, which older repositories hold alone, goes through torch.load(weights_only=True): tensors and nothing else.
     for safe in (False,) if only_bin else (True, False):
         try:
-            return AutoencoderKL.from_pretrained(config.path, subfolder=config.subfolder or None, use_safetensors=safe)
+            return AutoencoderKL.from_pretrained(
+                config.path, subfolder=config.subfolder or None, use_safetensors=safe, low_cpu_mem_usage=False
+            )
         except (OSError, ValueError) as error:
             errors.append(error)
     raise UserError(

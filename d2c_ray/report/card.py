@@ -198,7 +198,13 @@ def _shown(names: list[str], most: int) -> str:
 
 def _chosen(selection: dict[str, Any]) -> str:
     selector = selection.get("selector", "?")
-    by = f"by {code(selection['scores'])}" if selection.get("scores") else f"in the features {code(selection['features'])}" if selection.get("features") else ""
+    by = (
+        f"by {code(selection['scores'])}"
+        if selection.get("scores")
+        else f"in the features {code(selection['features'])}"
+        if selection.get("features")
+        else ""
+    )
     teacher = selection.get("teacher")
     judged = f" Difficulty was judged by the teacher {code(teacher)}." if teacher else ""
     images = selection.get("images")
@@ -279,7 +285,9 @@ def _records(metrics: dict[str, dict[str, Any]]) -> list[str]:
     if len(said) > 1:
         every = list(records.values())
         differ = sorted({name for record in every for name in record if any(other.get(name) != record[name] for other in every)})
-        lines.append(f"**The rows above were not measured alike:** their records differ in {', '.join(text(name) for name in differ)}. Compare them with care.")
+        lines.append(
+            f"**The rows above were not measured alike:** their records differ in {', '.join(text(name) for name in differ)}. Compare them with care."
+        )
     network = text(next(iter(records.values())).get("network", "?"))
     lines.append(f"Distances are in the features of {network}, not Inception's: none of them is an FID or comparable with a published one.")
     return lines
@@ -294,7 +302,11 @@ def _record(record: dict[str, Any]) -> str:
         "network_image_size": "at {} px", "image_size": "images of {} px", "generated": "{} generated images", "reference": "{} real ones in the reference",
         "reference_features": "(features {})", "neighbours": "precision and recall with {} neighbours", "seeds": "{} training seed(s)",
     }  # fmt: skip
-    words = [known[name].format(text(f"{record[name]:,}" if type(record[name]) is int else record[name])) for name in known if record.get(name) is not None]
+    words = [
+        known[name].format(text(f"{record[name]:,}" if type(record[name]) is int else record[name]))
+        for name in known
+        if record.get(name) is not None
+    ]
     more = [f"{text(name)} {text(value)}" for name, value in record.items() if name not in known and value is not None]
     return f"How it was measured: {', '.join([*words, *more])}."
 
@@ -362,7 +374,9 @@ def _snippets(stated: dict[str, Any]) -> dict[str, str]:
 def _picture_words(stated: dict[str, Any]) -> str:
     names = [stated["class_names"][label] or f"label {label}" for label in _pictured(stated)]
     rows = f"Rows from the top: {', '.join(text(name) for name in names)}. " if names else ""
-    return f"{rows}Each row shows images spread evenly over what was kept{', from easy to hard' if stated['selection'].get('scores') else ''}."
+    return (
+        f"{rows}Each row shows images spread evenly over what was kept{', from easy to hard' if stated['selection'].get('scores') else ''}."
+    )
 
 
 def _pictured(stated: dict[str, Any]) -> list[int]:
@@ -409,5 +423,7 @@ def _images(folder: Path, stated: dict[str, Any], wanted: set[int]) -> dict[int,
 def _reduced(pixels: np.ndarray) -> np.ndarray:
     if pixels.shape[0] <= SHOWN_PIXELS:
         return pixels
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).resize((SHOWN_PIXELS, SHOWN_PIXELS), Image.Resampling.LANCZOS)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).resize(
+        (SHOWN_PIXELS, SHOWN_PIXELS), Image.Resampling.LANCZOS
+    )
     return np.asarray(image).reshape(SHOWN_PIXELS, SHOWN_PIXELS, -1)
