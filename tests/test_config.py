@@ -55,7 +55,10 @@ def test_command_line_wins_over_the_file() -> None:
         ("arms.a.select.selectr=random", ["arms.a.select.selectr", "did you mean 'selector'"]),
         ("model.kind=dit sample.steps=1001", ["sample.steps=1001", "1000"]),
         ("run.dir=s3://bucket/x", ["run.dir=s3://bucket/x", "mounted"]),
-        ("attach.text.encoder=minilm attach.text.template=a{name}-{style}", ["attach.text.template", "{name} is the only field"]),
+        (
+            "attach.text.encoder=minilm attach.text.template=a{name}-{style}",
+            ["attach.text.template", "{name} and {first} are the only fields"],
+        ),
         ("nonsense", ["key=value"]),
     ],
 )
