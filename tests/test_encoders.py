@@ -411,7 +411,9 @@ def refused(words: str, folder: Path, of: Callable = text.facts) -> None:
         of(of_text(folder)) if of is text.facts else vision.facts(of_vision(folder), 4)
 
 
-def test_folders_that_are_no_encoder_are_refused(t5: Path, dinov2: Path, pixels: torch.Tensor, tmp_path: Path) -> None:
+def test_folders_that_are_no_encoder_are_refused(
+    t5: Path, dinov2: Path, pixels: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for folder, of, key in ((t5, text.facts, "text"), (dinov2, vision.facts, "vision")):
         folder = copied(folder, tmp_path, key)
         known = "t5, mt5, umt5, bert" if key == "text" else "dinov2, dinov2_with_registers"
@@ -429,6 +431,13 @@ def test_folders_that_are_no_encoder_are_refused(t5: Path, dinov2: Path, pixels:
     refused(r"has no tokenizer; tokenizer\.json or spiece\.model", folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"the tokenizer in '.*mute' does not work"):
+        text.encode(of_text(folder), PROMPTS, CPU)
+    folder = copied(t5, tmp_path, "pieces")
+    (folder / "tokenizer.json").rename(folder / "spiece.model")
+    monkeypatch.setattr(text, "find_spec", lambda name: None)
+    refused(r"has its tokenizer as spiece\.model alone, .*pip install sentencepiece protobuf", folder)
+    monkeypatch.setattr(text, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match=r"the tokenizer in '.*pieces' does not work"):
         text.encode(of_text(folder), PROMPTS, CPU)
     folder = copied(dinov2, tmp_path, "short")
     change(folder / "config.json", num_hidden_layers=3)
