@@ -22,6 +22,14 @@ def test_written_configuration_reads_back_the_same(tmp_path: Path) -> None:
     assert config.load(tmp_path / "config.yaml") == given
 
 
+def test_a_prompt_takes_the_whole_name_or_the_first() -> None:
+    for template in ("a {name}", "a {first}", "a {first} ({name})"):
+        text = config.load(None, ["attach.text.encoder=minilm", f"attach.text.template='{template}'"]).attach.text
+        assert text.template == template
+    with pytest.raises(UserError, match=r"has no \{name\} \(or \{first\}\)"):
+        config.load(None, ["attach.text.encoder=minilm", "attach.text.template=photo"])
+
+
 def test_command_line_wins_over_the_file() -> None:
     assert config.load(ROOT / "configs" / "quickstart.yaml", ["select.budget=77"]).select.budget == 77
 
@@ -55,7 +63,10 @@ def test_command_line_wins_over_the_file() -> None:
         ("arms.a.select.selectr=random", ["arms.a.select.selectr", "did you mean 'selector'"]),
         ("model.kind=dit sample.steps=1001", ["sample.steps=1001", "1000"]),
         ("run.dir=s3://bucket/x", ["run.dir=s3://bucket/x", "mounted"]),
-        ("attach.text.encoder=minilm attach.text.template=a{name}-{style}", ["attach.text.template", "{name} is the only field"]),
+        (
+            "attach.text.encoder=minilm attach.text.template=a{name}-{style}",
+            ["attach.text.template", "{name} and {first} are the only fields"],
+        ),
         ("nonsense", ["key=value"]),
     ],
 )

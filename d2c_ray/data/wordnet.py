@@ -17,6 +17,7 @@ from typing import BinaryIO
 from d2c_ray.errors import UserError
 
 WORDNET = "wordnet"  # the value of data.classes
+USUAL = ("/usr/share/wordnet", "/usr/local/WordNet-3.0/dict")  # Debian's, and WordNet's own
 _ID = re.compile(r"n\d{8}")
 _OTHER_ID = re.compile(r"[vars]\d{8}")
 _MAPPING_LINE = re.compile(r"(n\d{8})[ \t]+(\S.*)")
@@ -37,7 +38,7 @@ def file(classes: str) -> Path | None:
         env = os.environ
         folders = [env["WNSEARCHDIR"]] if env.get("WNSEARCHDIR") else []
         folders += [f"{env['WNHOME']}/dict"] if env.get("WNHOME") else []
-        folders += ["/usr/share/wordnet", "/usr/local/WordNet-3.0/dict"]
+        folders += USUAL
     elif classes and Path(classes).expanduser().is_dir():
         folders = [classes]
     else:

@@ -1,5 +1,6 @@
 """Text encoders: the last hidden states of each class's prompt, by a T5 encoder or the packaged MiniLM."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ def _folder(options: TextConfig) -> tuple[Path, dict[str, Any]]:
     config = hub.read_config(KEY, folder, list(_CLASSES))
     if not any((folder / name).is_file() for name in _TOKENIZER):
         raise UserError(f"{KEY}: '{folder}' has no tokenizer; {' or '.join(_TOKENIZER)} would do.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")) and find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{KEY}: '{folder}' has its tokenizer as spiece.model alone, and the package that reads it is not installed: "
+            "pip install sentencepiece protobuf, or take an encoder with tokenizer.json, such as google/flan-t5-xl."
+        )
     return folder, config
 
 
