@@ -214,6 +214,10 @@ def _attach(config: Config) -> dict[str, Any]:
     }
 
 
+def _without_name(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name != "encoder"}
+
+
 def _key(column: str) -> str:
     """Where the configuration speaks of the encoder of a column."""
     return "attach.vision" if column == "vision" else f"attach.also.{column.removeprefix('vision_')}"
