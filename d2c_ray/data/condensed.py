@@ -1,34 +1,45 @@
 """The condensed dataset, opened for training.
 
 Parquet is what ships. Random rows of Parquet are slow, so opening it builds, once a node, an uncompressed copy that is
-memory-mapped; batches gather from it.
+memory-mapped (`data.node_cache`); batches gather from it.
 """
 
+import hashlib
 import json
 import os
-import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from d2c_ray.data import tables
+from d2c_ray.config import StorageConfig
+from d2c_ray.data import storage, tables
+from d2c_ray.data.node_cache import AGAIN, Kind, NodeCache, Part, kind_of, unreadable
 from d2c_ray.errors import UserError
-from d2c_ray.rundir import SUCCESS, write_json
-from d2c_ray.training.batches import TrainingSet
+from d2c_ray.rundir import SUCCESS
+from d2c_ray.training.batches import Gatherer, TrainingSet
 
 CLASSES = "classes.parquet"
-CACHE_FILES = ("labels", "sample_id", "pixels", "latent_mean", "latent_std", "vision", "vision_scale")
+PROVENANCE = "provenance.json"
+FORMAT = 1  # of provenance.json
+IMAGES = ("pixels", "latent_mean", "latent_std")
+VISION, SCALE = "vision", "_scale"
+FOOTER_BYTES = 64 << 10  # read of a file's end at once; more than most footers
+FOOTERS = 64  # at a time
+
+Text = tuple[Tensor, Tensor]
 
 
-def read_text(path: Path) -> tuple[Tensor, Tensor] | None:
+def read_text(path: Path | pa.Buffer) -> Text | None:
     """Text states, classes x tokens x width float32, and mask, of a class table; None where it has no text."""
-    table = tables.read(path)
+    table = tables.read(path) if isinstance(path, Path) else pq.read_table(pa.BufferReader(path))
     if "text_states" not in table.column_names:
         return None
     states = torch.from_numpy(np.array(tables.tensor_values(table, "text_states")).view(np.int16)).view(torch.bfloat16).float()
@@ -37,115 +48,294 @@ def read_text(path: Path) -> tuple[Tensor, Tensor] | None:
 
 @dataclass
 class Condensed:
-    """An opened condensed dataset: its facts and memory-mapped arrays by column."""
+    """An opened condensed dataset; row i of every array belongs to the same image. Training on it takes no more than this:
 
-    meta: dict[str, Any]
+        from d2c_ray import condensed
+        data = condensed.open("runs/mine/condensed-1a2b3c4d")  # or s3://bucket/prefix
+        for rows in torch.randperm(len(data)).split(128):
+            batch = data.batch(rows, flipped=torch.rand(len(rows)) < 0.5)
+            loss = my_loss(batch["latent_mean"], data.text[0][batch["label"]], batch["vision"])
+            loss.backward(), optimizer.step(), optimizer.zero_grad()
+
+    Attributes:
+        facts: what the dataset says of itself: `class_names`, `flip`, `latent`, `fingerprint` and more.
+        provenance: how it was made, as its provenance.json says; empty where it has none.
+        arrays: memory-mapped, by column: `sample_id` and `label` (int64, N; label -1 for none); `pixels` (uint8,
+            N x H x W x C), or `latent_mean` and `latent_std` (float16, N x F x c x h x w, unscaled); `vision` and
+            `vision_NAME` (int8, or uint16 that holds bf16 bits; N x F x L x V) with `..._scale` (float32, N x F x L) where int8.
+            F is 2 where flips are on: the plain image, then its mirror image.
+        text: states, classes x K x E float32, and mask, classes x K; None where the dataset has no text.
+    """
+
+    facts: dict[str, Any]
+    provenance: dict[str, Any]
     arrays: dict[str, np.ndarray]
-    text: tuple[Tensor, Tensor] | None
+    text: Text | None
+    _gatherers: dict[str, Gatherer] = field(default_factory=dict, repr=False)
 
-    def training_set(self) -> TrainingSet:
-        """The arrays as the training loop takes them."""
-        latent = self.meta["latent"]
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64, N; -1 for none."""
+        return self.arrays["label"]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Line i for label i; empty where the dataset has no labels."""
+        return self.facts["class_names"]
+
+    def batch(
+        self, rows: Tensor | np.ndarray | Sequence[int], flipped: Tensor | np.ndarray | Sequence[bool] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The images `rows`, each as its mirror image where `flipped`. For one thread at a time.
+
+        Args:
+            rows: B integers in 0..N-1, in any order.
+            flipped: B booleans; None: no image is mirrored.
+
+        Returns:
+            By column, on `device`, and the caller's own: `sample_id` and `label` (int64, B); `pixels` (uint8, B x H x W x C)
+            or `latent_mean` and `latent_std` (float32, B x c x h x w, unscaled); every vision column (float32, B x L x V).
+
+        Raises:
+            IndexError: a row that is not there.
+            UserError: mirror images are asked of a dataset that was made without.
+        """
+        rows = np.asarray(rows, np.int64)
+        mirrored = np.zeros(len(rows), bool) if flipped is None else np.asarray(flipped, bool)
+        if rows.ndim != 1 or mirrored.shape != rows.shape:
+            raise ValueError(f"rows and flipped are one number an image, got {rows.shape} and {mirrored.shape}")
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+        if mirrored.any() and not self.facts["flip"]:
+            raise UserError("this dataset holds no mirror images (data.flip=false); leave out flipped.")
+        gatherer = self._gatherers.setdefault(str(device), Gatherer(torch.device(device)))
+        found: dict[str, Tensor] = {}
+        for name, array in self.arrays.items():
+            if name in ("sample_id", "label", "pixels"):
+                found[name] = gatherer.take(name, array, rows, None, None)
+            elif not _is_scale(name):
+                found[name] = gatherer.take(name, array, rows, mirrored)
+        if "pixels" in found and mirrored.any():
+            chosen = torch.from_numpy(mirrored).to(device)
+            found["pixels"] = torch.where(chosen[:, None, None, None], found["pixels"].flip(2), found["pixels"])
+        for name in filter(_is_scale, self.arrays):
+            found[name.removesuffix(SCALE)] *= gatherer.take(name, self.arrays[name], rows, mirrored)[..., None]
+        return found
+
+    def training_set(self, align_with: str | None = "") -> TrainingSet:
+        """The arrays as the training loop takes them.
+
+        Args:
+            align_with: whose vision tokens: empty, the main encoder's, if there are any; a name of attach.also; None: no tokens.
+
+        Raises:
+            UserError: there are no such tokens.
+        """
+        latent = self.facts["latent"]
+        column = None if align_with is None else vision_column(align_with, self.arrays)
         return TrainingSet(
-            labels=np.maximum(self.arrays["labels"].astype(np.int64), 0),
-            num_classes=max(1, len(self.meta["class_names"])),
-            flip=self.meta["flip"],
+            labels=np.maximum(self.labels, 0),
+            num_classes=max(1, len(self.class_names)),
+            flip=self.facts["flip"],
             pixels=self.arrays.get("pixels"),
             latent_mean=self.arrays.get("latent_mean"),
             latent_std=self.arrays.get("latent_std"),
             latent_scale=latent.get("scale", 1.0),
             latent_shift=latent.get("shift", 0.0),
-            vision=self.arrays.get("vision"),
-            vision_scale=self.arrays.get("vision_scale"),
+            vision=self.arrays[column] if column else None,
+            vision_scale=self.arrays.get(column + SCALE) if column else None,
             text_states=self.text[0] if self.text else None,
             text_mask=self.text[1] if self.text else None,
         )
 
 
-def open(folder: str | Path, cache_dir: str | Path | None = None) -> Condensed:
+def open(
+    path: str | Path, cache_dir: str | Path | None = None, columns: Sequence[str] | None = None, storage: StorageConfig | None = None
+) -> Condensed:
     """Opens a finished condensed dataset for random access.
 
+    The first opening on a node copies the dataset, uncompressed, to `cache_dir`, and checks every part on the way: bytes
+    and sha256 where the dataset has a provenance.json, rows, dtypes and shapes. Later ones, in any process, map the copy.
+    An opening that was killed is gone on with by the next one.
+
     Args:
-        folder: a `condensed-<hash>` folder.
-        cache_dir: where the node's uncompressed copy lies or is built; the system's temporary folder by default.
+        path: a `condensed-<hash>` folder, local or s3://bucket/prefix.
+        cache_dir: where the node's copies lie; empty: a folder of this user's in the system's temporary folder.
+        columns: tensors to open; None: all. A vision column brings its scale; `sample_id` and `label` are always there.
+        storage: how s3:// is reached.
 
     Raises:
-        UserError: the folder is not whole, or the disk has no room for the copy.
+        UserError: the dataset is not whole, a part is damaged or differs from the others, or the disk has no room.
     """
-    folder = Path(folder)
-    if not (folder / SUCCESS).is_file():
-        raise UserError(f"'{folder}' is no finished condensed dataset: it has no {SUCCESS}.")
-    meta = json.loads((folder / SUCCESS).read_text())["facts"]
-    cache = cache_path(folder, meta, cache_dir)
-    from filelock import FileLock
-
-    cache.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with FileLock(cache.with_suffix(".lock")):
-        if not (cache / SUCCESS).is_file():
-            _build_cache(folder, cache)
-        arrays = {name: np.load(cache / f"{name}.npy", mmap_mode="r") for name in CACHE_FILES if (cache / f"{name}.npy").is_file()}
-    return Condensed(meta, arrays, read_text(folder / CLASSES) if (folder / CLASSES).is_file() else None)
+    source = _Source.read(path, storage or StorageConfig())
+    arrays = source.cache(cache_dir).open(source.kinds(columns))
+    return Condensed(source.facts, source.provenance, arrays, source.text())
 
 
-def vision_width(folder: Path) -> int:
-    """Width of the vision tokens of a condensed dataset, 0 where it has none."""
-    for part in sorted(folder.glob("part-*.parquet")):
-        found = pq.read_schema(part)
-        if "vision" in found.names:
-            return int(json.loads(found.field("vision").metadata[b"shape"])[-1])
+def drop_cache(path: str | Path, cache_dir: str | Path | None = None, storage: StorageConfig | None = None) -> None:
+    """Removes this node's copy of the dataset at `path`. Processes that have it open keep reading it."""
+    _Source.read(path, storage or StorageConfig()).cache(cache_dir).drop()
+
+
+def vision_width(path: str | Path, align_with: str = "") -> int:
+    """Width of the vision tokens that `align_with` chooses (as in `Condensed.training_set`), 0 where the dataset has none."""
+    options = StorageConfig()
+    for name, _ in _listed(str(path), options):
+        with storage.open_file(storage.join(str(path), name), options) as file:
+            found = pq.ParquetFile(file)
+            if found.metadata.num_rows:
+                column = vision_column(align_with, found.schema_arrow.names)
+                return kind_of(found.schema_arrow, column, name).shape[-1] if column else 0
     return 0
 
 
-def cache_path(folder: Path, meta: dict[str, Any], cache_dir: str | Path | None) -> Path:
-    """Where the node's copy of a condensed dataset lies: by its fingerprint, so that two datasets never share one."""
-    root = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"d2c_ray-cache-{os.getuid()}"
-    return root / meta["fingerprint"]
+def training_columns(facts: dict[str, Any], align_with: str | None) -> list[str]:
+    """What `Condensed.training_set(align_with)` needs of a dataset that says `facts` of itself; `align_with` is known to be there."""
+    images = ["pixels"] if facts["latent"]["kind"] == "pixels" else ["latent_mean", "latent_std"]
+    return images if align_with is None else [*images, f"{VISION}_{align_with}" if align_with else VISION]
 
 
-def drop_cache(folder: str | Path, cache_dir: str | Path | None = None) -> None:
-    """Removes this node's copy. Processes that have it open keep reading it."""
-    from filelock import FileLock
+def vision_column(align_with: str, columns: Sequence[str] | dict[str, Any]) -> str | None:
+    """The column of the tokens that `train.align_with` chooses among `columns`; None where there are none and none are named.
 
-    cache = cache_path(Path(folder), json.loads((Path(folder) / SUCCESS).read_text())["facts"], cache_dir)
-    if cache.parent.is_dir():
-        with FileLock(cache.with_suffix(".lock")):
-            shutil.rmtree(cache, ignore_errors=True)
+    Raises:
+        UserError: the ones named are not there, or only others are.
+    """
+    known = [name for name in columns if _is_vision(name) and not _is_scale(name)]
+    wanted = f"{VISION}_{align_with}" if align_with else VISION
+    if wanted in known:
+        return wanted
+    if not known and not align_with:
+        return None
+    ways = [f"train.align_with={name.removeprefix(VISION).removeprefix('_') or repr('')}" for name in known]
+    raise UserError(
+        f"train.align_with={align_with!r}: the condensed dataset has no vision tokens of that encoder. "
+        + (f"It has those of {', '.join(ways)}." if ways else "It has none at all; train.align_weight=0 trains without.")
+    )
 
 
-def _build_cache(folder: Path, cache: Path) -> None:
-    parts = sorted(folder.glob("part-*.parquet"))
-    counts = [pq.read_metadata(part).num_rows for part in parts]
-    total = sum(counts)
-    found = pq.read_schema(parts[counts.index(max(counts))])
-    kinds: dict[str, tuple[str, list[int]]] = {"labels": ("int32", []), "sample_id": ("int64", [])}
-    for name in CACHE_FILES[2:]:
-        if name in found.names:
-            stored = found.field(name).metadata
-            kinds[name] = (stored[b"dtype"].decode(), json.loads(stored[b"shape"]))
-    needed = sum(total * np.dtype(dtype).itemsize * int(np.prod(shape)) for dtype, shape in kinds.values())
-    free = shutil.disk_usage(cache.parent).free
-    if needed * 1.05 > free:
-        raise UserError(
-            f"opening '{folder}' needs {needed / 2**30:.1f} GiB at {cache.parent}; {free / 2**30:.1f} GiB are free. Set TMPDIR to a larger disk."
-        )
-    shutil.rmtree(cache, ignore_errors=True)  # the rest of a build that was cut off
-    cache.mkdir(parents=True)
-    arrays = {
-        name: np.lib.format.open_memmap(cache / f"{name}.npy", "w+", np.dtype(dtype), (total, *shape))
-        for name, (dtype, shape) in kinds.items()
-    }
-    start = 0
-    for part, count in zip(parts, counts, strict=True):
-        if count:
-            table = tables.read(part, ["sample_id", "label", *(name for name in kinds if name in found.names and name != "sample_id")])
-            for name, array in arrays.items():
-                values = (
-                    table.column("label" if name == "labels" else name).to_numpy()
-                    if name in ("labels", "sample_id")
-                    else tables.tensor_values(table, name)
-                )
-                array[start : start + count] = values
-        start += count
-    for array in arrays.values():
-        array.flush()
-    write_json(cache / SUCCESS, {"rows": total})
+@dataclass(frozen=True)
+class _Source:
+    """A finished dataset as it lies on its storage."""
+
+    path: str
+    options: StorageConfig
+    facts: dict[str, Any]
+    provenance: dict[str, Any]
+    parts: list[Part]
+
+    @classmethod
+    def read(cls, path: str | Path, options: StorageConfig) -> "_Source":
+        path = str(path)
+        storage.check(path)
+        success = _json(path, SUCCESS, options)
+        if success is None:
+            raise UserError(f"'{path}' is no finished condensed dataset: it has no {SUCCESS}.")
+        provenance = _json(path, PROVENANCE, options) or {}
+        if provenance and provenance.get("format") != FORMAT:
+            raise UserError(
+                f"'{path}/{PROVENANCE}' is of format {provenance.get('format')!r}; this version reads {FORMAT}. A newer one may read it."
+            )
+        found = _listed(path, options)
+        parts = _inventoried(path, found, provenance["files"]) if provenance else _counted(path, found, options)
+        if not sum(part.rows for part in parts):
+            raise UserError(f"'{path}' holds no images.")
+        return cls(path, options, success["facts"], provenance, parts)
+
+    def kinds(self, columns: Sequence[str] | None) -> dict[str, Kind]:
+        """The kinds of the columns to open, of the first part that has rows."""
+        uri = next(part.uri for part in self.parts if part.rows)
+        with storage.open_file(uri, self.options) as file:
+            try:
+                fields = pq.ParquetFile(file).schema_arrow
+            except (pa.ArrowException, OSError) as error:
+                raise unreadable(uri, error) from None
+        tensors = [name for name in fields.names if name in IMAGES or _is_vision(name)]
+        known = [name for name in tensors if not _is_scale(name)]
+        unknown = [name for name in columns or () if name not in known]
+        if unknown:
+            raise UserError(f"'{self.path}' has no column '{unknown[0]}' to open; it has {', '.join(known)}.")
+        wanted = [name for name in tensors if columns is None or name in columns or name.removesuffix(SCALE) in columns]
+        return {name: kind_of(fields, name, uri) for name in ("sample_id", "label", *wanted)}
+
+    def cache(self, cache_dir: str | Path | None) -> NodeCache:
+        root = Path(cache_dir).expanduser() if cache_dir else Path(tempfile.gettempdir()) / f"d2c_ray-cache-{os.getuid()}"
+        return NodeCache(root, self.path, self.facts["fingerprint"], self.parts, self.options)
+
+    def text(self) -> Text | None:
+        """The text of the class table, if there is one."""
+        uri, listed = storage.join(self.path, CLASSES), self.provenance.get("files", {}).get(CLASSES)
+        try:
+            content = storage.read_all(uri, self.options)
+        except FileNotFoundError:
+            if listed:
+                raise UserError(f"'{self.path}' is not whole: {CLASSES}, which {PROVENANCE} lists, is missing. {AGAIN}") from None
+            return None
+        if listed and hashlib.sha256(content).hexdigest() != listed["sha256"]:
+            raise UserError(f"'{uri}' is damaged: its sha256 is not the one that {PROVENANCE} says. {AGAIN}")
+        return read_text(pa.py_buffer(content))
+
+
+def _is_vision(name: str) -> bool:
+    return name == VISION or name.startswith(f"{VISION}_")
+
+
+def _is_scale(name: str) -> bool:
+    return _is_vision(name) and name.endswith(SCALE)
+
+
+def _json(path: str, name: str, options: StorageConfig) -> dict[str, Any] | None:
+    try:
+        return json.loads(storage.read_all(storage.join(path, name), options))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"'{storage.join(path, name)}' is no JSON: {error}. {AGAIN}") from None
+
+
+def _listed(path: str, options: StorageConfig) -> list[tuple[str, int]]:
+    """Names and bytes of the parts that lie there, in order."""
+    found = ((entry.name, entry.size) for entry in storage.walk(path, options))
+    return sorted(item for item in found if "/" not in item[0] and item[0].startswith("part-") and item[0].endswith(".parquet"))
+
+
+def _inventoried(path: str, found: list[tuple[str, int]], files: dict[str, dict[str, Any]]) -> list[Part]:
+    """The parts of a dataset that lists its files."""
+    listed, there = sorted(name for name in files if name.startswith("part-")), dict(found)
+    for names, what in (
+        ([name for name in listed if name not in there], f"missing, though {PROVENANCE} lists it"),
+        ([name for name in there if name not in files], f"there, though {PROVENANCE} does not list it"),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(f"'{path}' is not as it was made: {names[0]}{more} is {what}. {AGAIN}")
+    for name in listed:
+        if there[name] != files[name]["bytes"]:
+            raise UserError(
+                f"'{storage.join(path, name)}' is damaged: it has {there[name]} bytes, {PROVENANCE} says {files[name]['bytes']}. {AGAIN}"
+            )
+    return [Part(name, storage.join(path, name), there[name], files[name]["rows"], files[name]["sha256"], True) for name in listed]
+
+
+def _counted(path: str, found: list[tuple[str, int]], options: StorageConfig) -> list[Part]:
+    """The parts of a dataset that lists no files: rows and a digest of each from its footer, which holds sizes and statistics."""
+    parts = []
+    for first in range(0, len(found), FOOTERS):
+        some = found[first : first + FOOTERS]
+        ranges = [(storage.join(path, name), max(0, size - FOOTER_BYTES), FOOTER_BYTES) for name, size in some]
+        for (name, size), (uri, _, _), end in zip(some, ranges, storage.read_ranges(ranges, options), strict=True):
+            if isinstance(end, OSError):
+                raise UserError(f"'{uri}' cannot be read: {end.strerror or end}.")
+            length = int.from_bytes(end[-8:-4], "little") + 8
+            if len(end) < length <= size:
+                end = storage.read(uri, size - length, length, options)
+            try:
+                rows = pq.read_metadata(pa.BufferReader(end)).num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise unreadable(uri, error) from None
+            parts.append(Part(name, uri, size, rows, hashlib.sha256(end[-length:]).hexdigest(), False))
+    return parts

@@ -18,7 +18,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 from safetensors import SafetensorError, safe_open
 
-from d2c_ray.config import ModelConfig, TrainConfig
+from d2c_ray.config import ModelConfig, ResourcesConfig, TrainConfig
 from d2c_ray.data import condensed
 from d2c_ray.distributed import cluster
 from d2c_ray.job import Job
@@ -41,7 +41,7 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
     """Trains a model on the condensed dataset at `data` and leaves it in the folder `job.out/model`."""
     facts = condensed_facts(data)
     text = condensed.read_text(data / condensed.CLASSES) if (data / condensed.CLASSES).is_file() else None
-    vision_width = condensed.vision_width(data) if options.align_weight > 0 else 0
+    vision_width = condensed.vision_width(data, options.align_with) if options.align_weight > 0 else 0
     num_classes = max(1, len(facts["class_names"]))
     spec = latents.transformer_spec(
         model, facts["latent"], num_classes, (text[0].shape[1], text[0].shape[2]) if text else None, vision_width
@@ -52,7 +52,7 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
     if options.precision == "bf16" and not use_gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print(f"d2c: {title}: this CPU only emulates bf16, which is many times slower than fp32: set precision=fp32", file=sys.stderr)
     with job.progress(options.num_images, done=_last(metrics).get("images", 0), title=title) as progress, _Watch(metrics, progress):
-        checkpoint = _fit(spec.to_dict(), options, data, job.out, workers, use_gpu, resources.threads, max_failures)
+        checkpoint = _fit(spec.to_dict(), options, data, facts, job.out, workers, use_gpu, resources, max_failures)
     _export(job, checkpoint, spec, options, facts, text)
 
 
@@ -70,8 +70,9 @@ def _export(job: Job, checkpoint: Path, spec: TransformerSpec, options: TrainCon
 
 
 def _fit(
-    spec: dict[str, Any], train: TrainConfig, condensed: Path, out: Path, workers: int, use_gpu: bool, threads: int, max_failures: int
-) -> Path:
+    spec: dict[str, Any], train: TrainConfig, data: Path, facts: dict[str, Any], out: Path, workers: int, use_gpu: bool,
+    resources: ResourcesConfig, max_failures: int,
+) -> Path:  # fmt: skip
     """Trains to the end, from the last checkpoint under `out` if there is one.
 
     Returns:
@@ -83,9 +84,12 @@ def _fit(
         train_loop_config={
             "spec": spec,
             "train": asdict(train),
-            "condensed": str(condensed),
+            "data": str(data),
+            "columns": condensed.training_columns(facts, train.align_with if spec["vision_width"] else None),
+            "cache_dir": resources.cache_dir,
+            "keep_cache": resources.keep_cache,
             "metrics": str(out / METRICS),
-            "threads": threads,
+            "threads": resources.threads,
             "mended": str(mended) if mended else "",
         },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
@@ -109,7 +113,9 @@ def _worker(args: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, metrics = context.get_world_rank(), Path(args["metrics"])
     train = TrainConfig(**{**args["train"], "betas": tuple(args["train"]["betas"])})
-    data = condensed.open(args["condensed"]).training_set()
+    aligned = args["spec"]["vision_width"] > 0
+    opened = condensed.open(args["data"], args["cache_dir"], args["columns"])
+    data = opened.training_set(train.align_with if aligned else None)
 
     def log(values: dict[str, Any]) -> None:
         if rank == 0:
@@ -130,8 +136,8 @@ def _worker(args: dict[str, Any]) -> None:
     else:
         with checkpoint.as_directory() as folder:
             run(Path(folder))
-    if context.get_local_rank() == 0:
-        condensed.drop_cache(args["condensed"])
+    if context.get_local_rank() == 0 and not args["keep_cache"]:
+        condensed.drop_cache(args["data"], args["cache_dir"])
 
 
 def mend_checkpoints(folder: Path) -> Path | None:

@@ -110,38 +110,83 @@ def draw(
     )
 
 
-def gather(data: TrainingSet, rows: np.ndarray, draws: Draws, align: bool) -> Mapping[str, Tensor]:
-    """The images of `rows` as tensors on the device of `draws`.
+class Gatherer:
+    """Rows of memory-mapped arrays, on a device. Buffers of a batch are kept and filled again, so that the only new memory
+    is the result's own, and on CUDA they are pinned. One thread at a time.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._buffers: dict[str, Tensor] = {}
+        self._sent: dict[str, torch.cuda.Event] = {}
+
+    def take(
+        self, name: str, array: np.ndarray, rows: np.ndarray, side: np.ndarray | None = None, dtype: torch.dtype | None = torch.float32
+    ) -> Tensor:
+        """`array[rows, side]`, or `array[rows]` where `side` is None, as a tensor of its own on the device.
+
+        Args:
+            name: whose buffer; two arrays in one batch have two.
+            array: C-contiguous, N x F x ..., or N x ...; uint16 holds bf16 bits.
+            rows, side: B integers each (side: 0 or 1, also as booleans), in range.
+            dtype: to convert to, on the device; None: as stored.
+        """
+        if not array.flags.c_contiguous:
+            raise ValueError(f"'{name}' is not contiguous: taking rows of it would copy all of it first")
+        values, index = np.asarray(array), np.asarray(rows, np.int64)
+        if side is not None:
+            sides = array.shape[1]
+            # A dataset without mirror images has one side, which is every image's.
+            index = index * sides + (np.asarray(side, np.int64) if sides > 1 else 0)
+            values = values.reshape(-1, *array.shape[2:])
+        buffer = self._buffer(name, values, len(index))
+        # Into the buffer itself only with mode='clip': otherwise NumPy gathers elsewhere first, so as to leave `out` whole on an error.
+        np.take(values, index, axis=0, out=buffer.numpy().view(values.dtype), mode="clip")
+        moved = buffer.to(self._device, non_blocking=True)
+        if self._device.type == "cuda":
+            self._sent[name] = torch.cuda.Event()
+            self._sent[name].record(torch.cuda.current_stream(self._device))
+        moved = moved.view(torch.bfloat16) if values.dtype == np.uint16 else moved
+        # To the CPU nothing has moved yet: without a copy the result would change with the next batch.
+        return moved.to(dtype or moved.dtype, copy=self._device.type == "cpu")
+
+    def _buffer(self, name: str, values: np.ndarray, rows: int) -> Tensor:
+        if name in self._sent:
+            self._sent[name].synchronize()  # the last batch has left the buffer
+        wanted = torch.int16 if values.dtype == np.uint16 else torch.from_numpy(np.empty(0, values.dtype)).dtype
+        kept = self._buffers.get(name)
+        if kept is None or len(kept) < rows or kept.shape[1:] != values.shape[1:] or kept.dtype != wanted:
+            kept = torch.empty((rows, *values.shape[1:]), dtype=wanted, pin_memory=self._device.type == "cuda")
+            self._buffers[name] = kept
+        return kept[:rows]
+
+
+def gather(data: TrainingSet, rows: np.ndarray, draws: Draws, align: bool, gatherer: Gatherer | None = None) -> Mapping[str, Tensor]:
+    """The images of `rows` as tensors on the device of `draws`. `gatherer` is kept from batch to batch, for its buffers.
 
     Returns:
         z: B x C x H x W, float32: pixels in [-1, 1], or scaled latents drawn from their posterior. label: B, the null
         class where dropped. vision: B x L x V float32 up to a scale a token, where `align`.
     """
     device = draws.noise.device
-    flipped = draws.flip.cpu().numpy()
+    gatherer = gatherer or Gatherer(device)
+    side = draws.flip.cpu().numpy()
     if data.pixels is not None:
-        pixels = torch.from_numpy(data.pixels[rows]).to(device)  # B x H x W x C
-        z = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        pixels = gatherer.take("pixels", data.pixels, rows)  # B x H x W x C
+        z = pixels.permute(0, 3, 1, 2) / 127.5 - 1.0
         z = torch.where(draws.flip[:, None, None, None], z.flip(-1), z)
     else:
         assert data.latent_mean is not None and data.latent_std is not None and draws.posterior is not None
-        side = flipped.astype(np.int64) if data.flip else np.zeros(len(rows), np.int64)
-        mean = torch.from_numpy(data.latent_mean[rows, side]).to(device).float()
-        std = torch.from_numpy(data.latent_std[rows, side]).to(device).float()
+        mean = gatherer.take("latent_mean", data.latent_mean, rows, side)
+        std = gatherer.take("latent_std", data.latent_std, rows, side)
         z = (mean + std * draws.posterior - data.latent_shift) * data.latent_scale
     label = torch.from_numpy(data.labels[rows]).to(device)
     batch = {"z": z, "label": torch.where(draws.dropped, data.num_classes, label)}
     if align:
-        batch["vision"] = _vision(data, rows, flipped).to(device)
+        assert data.vision is not None
+        # The loss is a cosine, which a positive scale a token does not change: int8 tokens need none here.
+        batch["vision"] = gatherer.take("vision", data.vision, rows, side)
     return batch
-
-
-def _vision(data: TrainingSet, rows: np.ndarray, flipped: np.ndarray) -> Tensor:
-    assert data.vision is not None
-    side = flipped.astype(np.int64) if data.flip else np.zeros(len(rows), np.int64)
-    tokens = data.vision[rows, side]
-    # The loss is a cosine, which a positive scale a token does not change: int8 tokens need none here.
-    return dequantise(tokens, None) if tokens.dtype == np.uint16 else torch.from_numpy(tokens).float()
 
 
 def dequantise(tokens: np.ndarray, scale: np.ndarray | None) -> Tensor:

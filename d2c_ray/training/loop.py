@@ -82,6 +82,7 @@ def train(
         facts = {"images": step * config.batch_size, "spec": spec.to_dict()}
         state.save(folder, model, ema, optimizer, step, facts)
 
+    gatherer = batches.Gatherer(device)
     totals: Tensor = torch.zeros(3, device=device)  # loss, alignment loss, gradient norm
     logged_step, logged_time = step, time.perf_counter()
     while step < num_steps:
@@ -92,7 +93,7 @@ def train(
             config.seed, step, first, per_worker, data.latent_shape, config.class_dropout, data.flip, data.latent_mean is not None, device
         )
         align_now = aligned and (not config.align_until or images < config.align_until)
-        batch = batches.gather(data, rows, draws, align_now)
+        batch = batches.gather(data, rows, draws, align_now, gatherer)
 
         t = objective.draw_timesteps(draws.uniform_t)
         x_t = objective.add_noise(batch["z"], draws.noise, t)
