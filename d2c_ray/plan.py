@@ -209,8 +209,12 @@ def _attach(config: Config) -> dict[str, Any]:
         "flip": config.data.flip,
         "grid": grid,
         "rows_per_part": options.rows_per_part,
-        "text": text.facts(options.text) if options.text.encoder != "none" else None,
-        "vision": {column: {**vision.facts(own, grid, _key(column)), "storage": own.storage} for column, own in options.encoders().items()},
+        # By what the weights are, not by where they lie.
+        "text": _without_name(text.facts(options.text)) if options.text.encoder != "none" else None,
+        "vision": {
+            column: {**_without_name(vision.facts(own, grid, _key(column))), "storage": own.storage}
+            for column, own in options.encoders().items()
+        },
     }
 
 

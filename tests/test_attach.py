@@ -218,3 +218,18 @@ def test_defaults_are_the_published_attachments() -> None:
     config = load(ROOT / "configs" / "imagenet256_10k.yaml")
     assert config.attach.text.encoder == "google/flan-t5-xl"
     assert (config.attach.text.tokens, config.attach.vision.encoder, config.attach.vision.image_size) == (16, "dinov2-b", 0)
+
+
+def test_an_encoder_is_what_its_weights_are(debug_config, tmp_path: Path) -> None:
+    """A copy elsewhere makes the same folder, other weights another one."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    for name, seed in (("one", 0), ("two", 1)):
+        torch.manual_seed(seed)
+        Dinov2Model(Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28)).save_pretrained(tmp_path / name)
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    names = {}
+    for name in ("one", "copy", "two"):
+        config = debug_config(f"attach.vision.encoder={tmp_path / name}", "attach.vision.image_size=0")
+        names[name] = plans.make(config, "attach").of("attach")[0].name
+    assert names["one"] == names["copy"] != names["two"]
