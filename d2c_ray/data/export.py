@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import re
 import shutil
 import tarfile
 import tempfile
@@ -26,7 +25,7 @@ from d2c_ray.rundir import SUCCESS, UMASK, whole
 PER_SHARD = 10_000
 UNLABELLED = "unlabelled"  # the class folder of images without a label
 _BATCH_ROWS = 256
-_STEM_CHARS, _FOLDER_BYTES = 60, 100  # a tar's plain header holds 100 characters, file systems 255 bytes
+_FOLDER_BYTES = 100  # of a class folder's name, which file systems hold to 255
 _EXTENSIONS = {
     "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm",
 }  # fmt: skip
@@ -45,8 +44,8 @@ class Row:
 
     @property
     def stem(self) -> str:
-        """A file name without extension that no other row has: the sample_id, then the key in letters that are safe everywhere."""
-        return f"{self.sample_id:09d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', self.key)[-_STEM_CHARS:]}"
+        """A file name without extension: safe everywhere, no two rows have the same, and a 'test' in the key makes no split of it."""
+        return f"{self.sample_id:09d}"
 
     def extension(self) -> str:
         """By the bytes, not by what the key says."""
