@@ -138,9 +138,7 @@ def explain(
 def verify(
     condensed: Condensed,
     overrides: Overrides = None,
-    images: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Images, spread evenly, to decode and encode anew; 0: all of them.")
-    ] = 32,
+    images: Annotated[int, typer.Option(min=0, metavar="N", help="Images, spread evenly, to decode and encode anew; 0: all of them.")] = 32,
 ) -> None:
     folders = _condensed(condensed, overrides)
     from d2c_ray.data.verify import check

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import shutil
@@ -53,7 +54,9 @@ class Row:
             with Image.open(io.BytesIO(self.image)) as image:
                 return _EXTENSIONS.get(image.format or "", (image.format or "bin").lower())
         except Exception as error:
-            raise UserError(f"'{self.key}': its bytes are no image that can be opened ({error}); d2c verify says what else is wrong.") from None
+            raise UserError(
+                f"'{self.key}': its bytes are no image that can be opened ({error}); d2c verify says what else is wrong."
+            ) from None
 
 
 def export(folder: str | Path, form: str, out: str | Path, per_shard: int = PER_SHARD) -> int:
@@ -77,7 +80,9 @@ def export(folder: str | Path, form: str, out: str | Path, per_shard: int = PER_
     if not (folder / SUCCESS).is_file():
         raise UserError(f"'{folder}' is no finished condensed dataset: it has no {SUCCESS}.")
     if out.is_dir() if form == "ids" else out.exists() and not out.is_dir():
-        raise UserError(f"'{out}' is {'a folder' if out.is_dir() else 'a file'}; {form} are written to a {'file' if form == 'ids' else 'folder'}.")
+        raise UserError(
+            f"'{out}' is {'a folder' if out.is_dir() else 'a file'}; {form} are written to a {'file' if form == 'ids' else 'folder'}."
+        )
     if out.exists() and (any(out.iterdir()) if out.is_dir() else out.stat().st_size):
         raise UserError(f"'{out}' is there already and not empty. Nothing is written over: give another name, or remove it.")
     return FORMS[form](folder, names, out, per_shard)
@@ -121,23 +126,20 @@ def _webdataset(folder: Path, names: list[str], out: Path, per_shard: int) -> in
     """Tars of KEY.jpg, KEY.cls and KEY.json; the same bytes every time."""
     count = 0
     with _whole_folder(out) as temporary:
-        shard: tarfile.TarFile | None = None
-        try:
-            for row in _rows(folder, names):
-                if count % per_shard == 0:
-                    if shard is not None:
-                        shard.close()
-                    shard = tarfile.open(temporary / f"{count // per_shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT)
-                assert shard is not None
-                facts = {"key": row.key, "label": row.label, "name": row.name, "sample_id": row.sample_id}
-                _add(shard, f"{row.stem}.{row.extension()}", row.image)
-                if row.label >= 0:
-                    _add(shard, f"{row.stem}.cls", str(row.label).encode())
-                _add(shard, f"{row.stem}.json", json.dumps(facts).encode())
-                count += 1
-        finally:
-            if shard is not None:
-                shard.close()
+        rows = _rows(folder, names)
+        for number in itertools.count():
+            some = itertools.islice(rows, per_shard)
+            first = next(some, None)
+            if first is None:
+                break
+            with tarfile.open(temporary / f"{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as shard:
+                for row in itertools.chain([first], some):
+                    facts = {"key": row.key, "label": row.label, "name": row.name, "sample_id": row.sample_id}
+                    _add(shard, f"{row.stem}.{row.extension()}", row.image)
+                    if row.label >= 0:
+                        _add(shard, f"{row.stem}.cls", str(row.label).encode())
+                    _add(shard, f"{row.stem}.json", json.dumps(facts).encode())
+                    count += 1
         if any(names):  # beside the tars, where `d2c` looks for the names of its labels; a line each
             lines = [" ".join(name.split()) or f"label {label}" for label, name in enumerate(names)]
             (temporary / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -177,7 +179,9 @@ def _ids(folder: Path, names: list[str], out: Path, per_shard: int) -> int:
             if table:
                 table((row.sample_id, row.key, row.label, row.name))
             elif "\n" in row.key or "\r" in row.key:
-                raise UserError(f"the key {row.key!r} has a line break, so it cannot be a line of its own. A file that ends in .csv can hold it.")
+                raise UserError(
+                    f"the key {row.key!r} has a line break, so it cannot be a line of its own. A file that ends in .csv can hold it."
+                )
             else:
                 file.write(row.key + "\n")
             count += 1

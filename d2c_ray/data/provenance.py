@@ -141,7 +141,9 @@ def _wrong(found: Any) -> str:
     """What a provenance lacks, in words; empty where it is all there."""
     if isinstance(found, dict) and isinstance(found.get("format"), int) and found["format"] > FORMAT:
         return f"format {found['format']} is newer than this version reads ({FORMAT}); a newer d2c-ray would do"
-    wrong = _missing(found, _FORM, "") or (not all(isinstance(name, str) for name in found["class_names"]) and "'class_names' holds more than text")
+    wrong = _missing(found, _FORM, "") or (
+        not all(isinstance(name, str) for name in found["class_names"]) and "'class_names' holds more than text"
+    )
     optional = {"text": _TEXT, "vae": _VAE}
     for name, form in optional.items():
         wrong = wrong or (found.get(name) is not None and _missing(found[name], form, f"{name}."))

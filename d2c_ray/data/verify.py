@@ -172,10 +172,11 @@ def _classes(folder: Path, stated: dict[str, Any], found: Findings, images: int)
         else:
             seen = mask[some] > 0
             cosine = np.where(seen, _cosine(states[some], new_states), 1.0).min(1)
-            who = [names[int(row)] for row in some]
-            found.rows_wrong(CLASSES, "text_mask", (seen != (new_mask > 0)).any(1), 0, who, f"is not that of the prompt, read by {text['encoder']}")
-            low = f"states are not what {text['encoder']} makes of the prompt (cosine {cosine.min():.3f})"
-            found.rows_wrong(CLASSES, "text_states", cosine < COSINE, 0, who, low)
+            low, cut = np.zeros((2, len(table)), bool)
+            low[some], cut[some] = cosine < COSINE, (seen != (new_mask > 0)).any(1)
+            found.rows_wrong(CLASSES, "text_mask", cut, 0, names, f"is not that of the prompt, read by {text['encoder']}")
+            apart = f"states are not what {text['encoder']} makes of the prompt (cosine {cosine.min():.3f})"
+            found.rows_wrong(CLASSES, "text_states", low, 0, names, apart)
             found.encoders.append(text["encoder"])
 
 
@@ -246,7 +247,10 @@ def _fields(where: str, fields: pa.Schema, stated: dict[str, Any], found: Findin
         features = json.loads(stored)["info"]["features"] if stored else {}
         for name in sorted(hub):
             if features.get(name) != hub[name]:
-                found.fault(where, f"schema metadata '{provenance.HUB.decode()}' says {_short(features.get(name))} of '{name}', not {_short(hub[name])}")
+                found.fault(
+                    where,
+                    f"schema metadata '{provenance.HUB.decode()}' says {_short(features.get(name))} of '{name}', not {_short(hub[name])}",
+                )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         found.fault(where, f"schema metadata '{provenance.HUB.decode()}' cannot be read ({error!r})")
     return readable
@@ -306,7 +310,7 @@ def _values(where: str, table: pa.Table, start: int, stated: dict[str, Any], fou
     names = table.column_names
     keys = table.column("key").to_pylist() if "key" in names else [""] * len(table)
 
-    def wrong(column: str, rows: np.ndarray, what: str) -> None:
+    def wrong(column: str, rows: Any, what: str) -> None:
         found.rows_wrong(where, column, rows.reshape(len(table), -1).any(1), start, keys, what)
 
     if "label" in names:
@@ -457,7 +461,9 @@ class _Sample:
                 if apart > (0 if exact else OTHER_DECODER):
                     self.found.fault(where, f"column 'pixels': {at}: not the pixels of its image, {apart} grey levels apart")
                 elif apart:
-                    self.found.note(f"pixels differ by up to {OTHER_DECODER} grey levels from those that this Pillow decodes; another version made them")
+                    self.found.note(
+                        f"pixels differ by up to {OTHER_DECODER} grey levels from those that this Pillow decodes; another version made them"
+                    )
             self.held.append((where, start + row, key, pixels, table.slice(row, 1).drop_columns(["image"])))
         if len(self.held) >= _HELD_ROWS:
             self.encode()
@@ -499,7 +505,9 @@ class _Sample:
                 made = _at_hand(lambda: _load_vae(stated), "the latents", self.found)
                 if made is not None and made[0] != stated["latent"].get("encoder"):
                     said = stated["latent"].get("encoder")
-                    self.found.note(f"the latents were not encoded anew: the VAE at hand has the encoder weights {made[0]}, they are of {said}")
+                    self.found.note(
+                        f"the latents were not encoded anew: the VAE at hand has the encoder weights {made[0]}, they are of {said}"
+                    )
                     made = None
                 name = (stated.get("vae") or {}).get("path", "")
             else:
@@ -519,7 +527,9 @@ class _Sample:
         vision = self.stated["vision"][column]
         if fresh.shape != stored.shape:
             where = provenance.NAME
-            return self.found.fault(where, f"vision.{column}: {vision['encoder']} gives tokens of {fresh.shape[2:]}, stored are {stored.shape[2:]}")
+            return self.found.fault(
+                where, f"vision.{column}: {vision['encoder']} gives tokens of {fresh.shape[2:]}, stored are {stored.shape[2:]}"
+            )
         cosine = _cosine(stored, fresh)  # N x F x L
         length, new_length = np.linalg.norm(stored, axis=-1), np.linalg.norm(fresh, axis=-1)
         long = (np.abs(length - new_length) > SIZE * new_length + 1e-6).any((1, 2))
@@ -530,7 +540,11 @@ class _Sample:
         self._name(column, rows, low, lambda row: f"tokens {self._like(stored, fresh, row, rows)} (cosine {cosine[row].min():.3f})")
         self._name(column, rows, long & ~low, lambda row: "tokens of the right direction and another length: their scale is wrong")
         # Half a step of the rounding, and a little for the order in which a machine adds up.
-        step = np.concatenate([tables.tensor_values(row[4], f"{column}_scale") for row in rows])[..., None] if vision["storage"] == "int8" else None
+        step = (
+            np.concatenate([tables.tensor_values(row[4], f"{column}_scale") for row in rows])[..., None]
+            if vision["storage"] == "int8"
+            else None
+        )
         bound = (step / 2 if step is not None else np.abs(fresh) / 256) + 1e-3 * np.abs(fresh).max(-1, keepdims=True)
         beyond = (np.abs(stored - fresh) > bound).any((1, 2, 3)) & ~low & ~long
         if beyond.any():
@@ -563,11 +577,11 @@ class _Sample:
                 return self.found.fault(provenance.NAME, f"the VAE gives latents of {new.shape[2:]}, stored are {stored.shape[2:]}")
             error = _relative(stored, new)
             swapped = _relative(stored[:, ::-1], new).max(1) < LATENT_ERROR
-            self._name(
-                column, rows, error.max(1) >= LATENT_ERROR,
-                lambda row, swapped=swapped, error=error: ("swapped sides: the mirrored image's come first" if swapped[row] else
-                "not what the VAE makes of its image") + f" (relative error {error[row].max():.3f})",
-            )  # fmt: skip
+            what = [
+                f"{'swapped sides: the mirrored image comes first' if turned else 'not what the VAE makes of its image'} (relative error {off:.3f})"
+                for turned, off in zip(swapped, error.max(1), strict=True)
+            ]
+            self._name(column, rows, error.max(1) >= LATENT_ERROR, what.__getitem__)
         return None
 
     def _name(self, column: str, rows: list[Any], wrong: np.ndarray, what: Callable[[int], str]) -> None:
@@ -585,7 +599,9 @@ def _order(rows: pa.Table, found: Findings) -> None:
     falls = np.flatnonzero(np.diff(ids) <= 0)
     if len(falls):
         row = int(falls[0]) + 1
-        found.fault("part-*.parquet", f"column 'sample_id': {ids[row]} comes after {ids[row - 1]} (row {row} over all parts); it must ascend")
+        found.fault(
+            "part-*.parquet", f"column 'sample_id': {ids[row]} comes after {ids[row - 1]} (row {row} over all parts); it must ascend"
+        )
     counts = pc.value_counts(rows.column("key"))
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(twice):
@@ -614,7 +630,9 @@ def _selection(folder: Path, stated: dict[str, Any], rows: pa.Table, found: Find
             differ = [row for row, (one, other) in enumerate(zip(theirs, ours, strict=True)) if one != other]
             if differ:
                 row = differ[0]
-                found.fault(where, f"column '{name}': sample_id {ids[row]} is {ours[row]!r}, in its part {theirs[row]!r}; {len(differ)} differ")
+                found.fault(
+                    where, f"column '{name}': sample_id {ids[row]} is {ours[row]!r}, in its part {theirs[row]!r}; {len(differ)} differ"
+                )
     counts = _counts(rows)
     for label, count in _counts(table).items():
         positions = np.sort(table.column("position").to_numpy()[table.column("label").to_numpy() == label])
@@ -700,9 +718,7 @@ def _short(value: Any) -> str:
 
 
 def _other_weights(column: str, stated: dict[str, Any], weights: str) -> str:
-    return (
-        f"'{column}' was not compared with a new encoding: it was made by {stated['encoder']} with the weights {stated['weights']}, those at hand are {weights}"
-    )
+    return f"'{column}' was not compared with a new encoding: it was made by {stated['encoder']} with the weights {stated['weights']}, those at hand are {weights}"
 
 
 def _at_hand(load: Callable[[], Any], what: str, found: Findings) -> Any:
@@ -770,7 +786,9 @@ def _encode_text(stated: dict[str, Any], prompts: list[str]) -> tuple[str, tuple
 
     if find_spec("d2c_ray.models.text") is not None:
         text = import_module("d2c_ray.models.text")
-        options = TextConfig(**{name: stated[name] for name in ("encoder", "template", "tokens", "precision", "device_batch") if name in stated})
+        options = TextConfig(
+            **{name: stated[name] for name in ("encoder", "template", "tokens", "precision", "device_batch") if name in stated}
+        )
         weights, (states, mask) = text.facts(options)["weights"], text.encode(options, prompts, _device())
     else:
         weights = frozen.file_hash(frozen.weights_file(stated["encoder"]))

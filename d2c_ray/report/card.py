@@ -143,7 +143,7 @@ def _few(files: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """The inventory by name, the parts as one line."""
     parts = [entry for name, entry in files.items() if name.startswith("part-")]
     rest = sorted((name, entry) for name, entry in files.items() if not name.startswith("part-"))
-    rows = [entry.get("rows") for entry in parts]
+    rows: list[Any] = [entry.get("rows") for entry in parts]
     total = {"bytes": sum(entry["bytes"] for entry in parts), "rows": None if None in rows else sum(rows)}
     return [(f"part-*.parquet ({len(parts)})", total), *rest]
 
@@ -256,7 +256,7 @@ def _total(seconds: dict[str, float]) -> tuple[str, str]:
 
 def _results(metrics: dict[str, dict[str, Any]]) -> list[list[str]]:
     """A row for real images, and for every student and the subset it was trained on."""
-    rows = []
+    rows: list[list[str]] = []
     for arm, found in metrics.items():
         counts = found["counts"]
         if not rows:
@@ -285,7 +285,9 @@ def _records(metrics: dict[str, dict[str, Any]]) -> list[str]:
     if len(said) > 1:
         every = list(records.values())
         differ = sorted({name for record in every for name in record if any(other.get(name) != record[name] for other in every)})
-        lines.append(f"**The rows above were not measured alike:** their records differ in {', '.join(text(name) for name in differ)}. Compare them with care.")
+        lines.append(
+            f"**The rows above were not measured alike:** their records differ in {', '.join(text(name) for name in differ)}. Compare them with care."
+        )
     network = text(next(iter(records.values())).get("network", "?"))
     lines.append(f"Distances are in the features of {network}, not Inception's: none of them is an FID or comparable with a published one.")
     return lines
@@ -300,7 +302,11 @@ def _record(record: dict[str, Any]) -> str:
         "network_image_size": "at {} px", "image_size": "images of {} px", "generated": "{} generated images", "reference": "{} real ones in the reference",
         "reference_features": "(features {})", "neighbours": "precision and recall with {} neighbours", "seeds": "{} training seed(s)",
     }  # fmt: skip
-    words = [known[name].format(text(f"{record[name]:,}" if type(record[name]) is int else record[name])) for name in known if record.get(name) is not None]
+    words = [
+        known[name].format(text(f"{record[name]:,}" if type(record[name]) is int else record[name]))
+        for name in known
+        if record.get(name) is not None
+    ]
     more = [f"{text(name)} {text(value)}" for name, value in record.items() if name not in known and value is not None]
     return f"How it was measured: {', '.join([*words, *more])}."
 
@@ -366,7 +372,9 @@ def _snippets(stated: dict[str, Any]) -> dict[str, str]:
 def _picture_words(stated: dict[str, Any], pictured: list[int]) -> str:
     names = [stated["class_names"][label] or f"label {label}" for label in pictured if 0 <= label < len(stated["class_names"])]
     rows = f"Rows from the top: {', '.join(text(name) for name in names)}. " if names else ""
-    return f"{rows}Each row shows images spread evenly over what was kept{', from easy to hard' if stated['selection'].get('scores') else ''}."
+    return (
+        f"{rows}Each row shows images spread evenly over what was kept{', from easy to hard' if stated['selection'].get('scores') else ''}."
+    )
 
 
 def _picture(folder: Path, stated: dict[str, Any], chosen: pa.Table, pictured: np.ndarray) -> bytes:
@@ -393,12 +401,16 @@ def _images(folder: Path, stated: dict[str, Any], wanted: set[int]) -> dict[int,
                 for row, sample_id in enumerate(batch.column("sample_id").to_pylist()):
                     if sample_id in wanted:
                         content = batch.column("image")[row].as_py()["bytes"]
-                        found[sample_id] = _reduced(decode(content, data["image_size"], data["channels"], data.get("max_pixels", DataConfig.max_pixels)))
+                        found[sample_id] = _reduced(
+                            decode(content, data["image_size"], data["channels"], data.get("max_pixels", DataConfig.max_pixels))
+                        )
     return found
 
 
 def _reduced(pixels: np.ndarray) -> np.ndarray:
     if pixels.shape[0] <= SHOWN_PIXELS:
         return pixels
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).resize((SHOWN_PIXELS, SHOWN_PIXELS), Image.Resampling.LANCZOS)
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).resize(
+        (SHOWN_PIXELS, SHOWN_PIXELS), Image.Resampling.LANCZOS
+    )
     return np.asarray(image).reshape(SHOWN_PIXELS, SHOWN_PIXELS, -1)
