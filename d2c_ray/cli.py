@@ -42,6 +42,14 @@ COMMANDS = {
         "Make the condensed dataset: text states, vision tokens and latents of the chosen images.",
         "d2c attach configs/quickstart.yaml",
     ),
+    "verify": (
+        "Check a condensed dataset: its files against their hashes, images, flips, and the tensors against the encoders.",
+        "d2c verify configs/quickstart.yaml --images 0",
+    ),
+    "export": (
+        "Write the images of a condensed dataset as WebDataset tars, class folders or a list of keys.",
+        "d2c export configs/quickstart.yaml webdataset shards",
+    ),
     "train": ("Train the students on their condensed datasets.", "d2c train configs/quickstart.yaml train.align_weight=0.5"),
     "sample": ("Generate images with the trained students.", "d2c sample configs/quickstart.yaml sample.guidance=2"),
     "evaluate": ("Measure the images, beside the floor and what real images score.", "d2c evaluate configs/quickstart.yaml"),
@@ -72,7 +80,12 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a command with its line of `COMMANDS`, and its example below its help."""
     summary, example = COMMANDS[name]
     needs = "" if name in ("run", "config") else "\n\nRuns what it needs first and is not there yet."
+    if name in ("verify", "export"):
+        needs = "\n\nTakes a condensed-<hash> folder, or the configuration of a run, which makes the dataset first if it is not there yet."
     return app.command(name, help=summary + needs, short_help=summary, epilog=f"\b\nExample:\n  {example}")
+
+
+Condensed = Annotated[str, typer.Argument(metavar="FOLDER|CONFIG", help="A condensed dataset, or the YAML file of its run.")]
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -88,7 +101,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 for _name in COMMANDS:
-    if _name not in ("run", "config", "explain", "selectors"):
+    if _name not in ("run", "config", "explain", "selectors", "verify", "export"):
         _command(_name)(_stage_command(_name))
 
 
@@ -119,6 +132,65 @@ def explain(
     from d2c_ray.report import explain
 
     print("\n".join(explain.lines(plan, key)))
+
+
+@_command("verify")
+def verify(
+    condensed: Condensed,
+    overrides: Overrides = None,
+    images: Annotated[int, typer.Option(min=0, metavar="N", help="Images, spread evenly, to decode and encode anew; 0: all of them.")] = 32,
+) -> None:
+    folders = _condensed(condensed, overrides)
+    from d2c_ray.data.verify import check
+
+    wrong = False
+    for folder in dict.fromkeys(folders.values()):
+        found = check(folder, images)
+        for note in found.notes:
+            print(f"note: {note}")
+        for fault in found.faults:
+            print(f"wrong: {fault}")
+        print(f"{f'{len(found.faults)} wrong' if found.faults else 'all right'}: {folder}: {found.summary()}")
+        wrong |= bool(found.faults)
+    if wrong:
+        sys.exit(2)
+
+
+@_command("export")
+def export(
+    condensed: Condensed,
+    form: Annotated[str, typer.Argument(metavar="FORM", help="webdataset | folders | ids (a key a line; a table where OUT ends in .csv).")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write, or file of ids. Nothing is written over.")],
+    overrides: Overrides = None,
+    arm: Annotated[str, typer.Option(metavar="NAME", help="Which student's dataset, where the run has several.")] = "",
+    per_shard: Annotated[int, typer.Option(metavar="N", help="webdataset: images a tar, at most.")] = 10_000,
+) -> None:
+    folders = _condensed(condensed, overrides)
+    if arm and arm not in folders:
+        from d2c_ray.errors import nearest
+
+        raise UserError(f"--arm {arm}: no such arm; {', '.join(filter(None, folders)) or 'a folder has none'}{nearest(arm, list(folders))}")
+    if not arm and len(set(folders.values())) > 1:
+        raise UserError(f"the run has several condensed datasets; --arm says which: one of {', '.join(folders)}.")
+    from d2c_ray.data.export import export
+
+    count = export(folders[arm] if arm else next(iter(folders.values())), form, out, per_shard)
+    print(f"{count:,} images: {out}")
+
+
+def _condensed(given: str, overrides: list[str] | None) -> dict[str, str]:
+    """The condensed datasets meant, by arm: of a folder, or of a configuration's run."""
+    from pathlib import Path
+
+    if Path(given).is_dir() or not given.lower().endswith((".yaml", ".yml")):
+        if overrides:
+            raise UserError(f"'{given}' is a folder, to which {overrides[0]} means nothing; changes go with a configuration file.")
+        return {"": given}
+    from d2c_ray import pipeline
+    from d2c_ray.config import load
+
+    plan = pipeline.finished(load(given, overrides or []), "attach", say=_say)
+    return {name: str(nodes["attach"].folder) for name, nodes in plan.arms.items()}
 
 
 @_command("config")

@@ -44,6 +44,14 @@ def test_examples_of_the_help_load(command: str) -> None:
     if command == "selectors":
         assert rest[0] == "--only" and set(rest[1].split(",")) <= set(CHOICES["select.selector"])
         rest = rest[2:]
+    if command == "verify":
+        assert rest == ["--images", "0"]
+        rest = []
+    if command == "export":
+        from d2c_ray.data.export import FORMS
+
+        assert rest[0] in FORMS
+        rest = rest[2:]
     load(ROOT / path, rest)
 
 

@@ -2,9 +2,9 @@
 
 import csv
 import io
+import itertools
 import json
 import os
-import re
 import shutil
 import tarfile
 import tempfile
@@ -26,7 +26,7 @@ from d2c_ray.rundir import SUCCESS, UMASK, whole
 PER_SHARD = 10_000
 UNLABELLED = "unlabelled"  # the class folder of images without a label
 _BATCH_ROWS = 256
-_STEM_CHARS, _FOLDER_BYTES = 60, 100  # a tar's plain header holds 100 characters, file systems 255 bytes
+_FOLDER_BYTES = 100  # of a class folder's name, which file systems hold to 255
 _EXTENSIONS = {
     "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm",
 }  # fmt: skip
@@ -45,8 +45,8 @@ class Row:
 
     @property
     def stem(self) -> str:
-        """A file name without extension that no other row has: the sample_id, then the key in letters that are safe everywhere."""
-        return f"{self.sample_id:09d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', self.key)[-_STEM_CHARS:]}"
+        """A file name without extension: safe everywhere, no two rows have the same, and a 'test' in the key makes no split of it."""
+        return f"{self.sample_id:09d}"
 
     def extension(self) -> str:
         """By the bytes, not by what the key says."""
@@ -126,23 +126,20 @@ def _webdataset(folder: Path, names: list[str], out: Path, per_shard: int) -> in
     """Tars of KEY.jpg, KEY.cls and KEY.json; the same bytes every time."""
     count = 0
     with _whole_folder(out) as temporary:
-        shard: tarfile.TarFile | None = None
-        try:
-            for row in _rows(folder, names):
-                if count % per_shard == 0:
-                    if shard is not None:
-                        shard.close()
-                    shard = tarfile.open(temporary / f"{count // per_shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT)
-                assert shard is not None
-                facts = {"key": row.key, "label": row.label, "name": row.name, "sample_id": row.sample_id}
-                _add(shard, f"{row.stem}.{row.extension()}", row.image)
-                if row.label >= 0:
-                    _add(shard, f"{row.stem}.cls", str(row.label).encode())
-                _add(shard, f"{row.stem}.json", json.dumps(facts).encode())
-                count += 1
-        finally:
-            if shard is not None:
-                shard.close()
+        rows = _rows(folder, names)
+        for number in itertools.count():
+            some = itertools.islice(rows, per_shard)
+            first = next(some, None)
+            if first is None:
+                break
+            with tarfile.open(temporary / f"{number:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as shard:
+                for row in itertools.chain([first], some):
+                    facts = {"key": row.key, "label": row.label, "name": row.name, "sample_id": row.sample_id}
+                    _add(shard, f"{row.stem}.{row.extension()}", row.image)
+                    if row.label >= 0:
+                        _add(shard, f"{row.stem}.cls", str(row.label).encode())
+                    _add(shard, f"{row.stem}.json", json.dumps(facts).encode())
+                    count += 1
         if any(names):  # beside the tars, where `d2c` looks for the names of its labels; a line each
             lines = [" ".join(name.split()) or f"label {label}" for label, name in enumerate(names)]
             (temporary / "classes.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

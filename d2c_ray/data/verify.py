@@ -32,6 +32,7 @@ LATENT_ERROR = 0.05  # of stored latents to new ones, relative
 OTHER_DECODER = 3  # grey levels by which another build of the JPEG library may differ
 _BATCH_ROWS = 256
 _FLIP_ROWS = 32  # as float32 at a time
+_JUDGED_ROWS = 32  # from which on flips are judged without an encoder: fewer vary too much
 _HELD_ROWS = 64  # encoded at a time
 
 
@@ -171,12 +172,11 @@ def _classes(folder: Path, stated: dict[str, Any], found: Findings, images: int)
         else:
             seen = mask[some] > 0
             cosine = np.where(seen, _cosine(states[some], new_states), 1.0).min(1)
-            who = [names[int(row)] for row in some]
-            found.rows_wrong(
-                CLASSES, "text_mask", (seen != (new_mask > 0)).any(1), 0, who, f"is not that of the prompt, read by {text['encoder']}"
-            )
-            low = f"states are not what {text['encoder']} makes of the prompt (cosine {cosine.min():.3f})"
-            found.rows_wrong(CLASSES, "text_states", cosine < COSINE, 0, who, low)
+            low, cut = np.zeros((2, len(table)), bool)
+            low[some], cut[some] = cosine < COSINE, (seen != (new_mask > 0)).any(1)
+            found.rows_wrong(CLASSES, "text_mask", cut, 0, names, f"is not that of the prompt, read by {text['encoder']}")
+            apart = f"states are not what {text['encoder']} makes of the prompt (cosine {cosine.min():.3f})"
+            found.rows_wrong(CLASSES, "text_states", low, 0, names, apart)
             found.encoders.append(text["encoder"])
 
 
@@ -190,12 +190,13 @@ def _parts(folder: Path, stated: dict[str, Any], found: Findings, images: int) -
     if total != stated["rows"]:
         found.fault("part-*.parquet", f"{total} rows in all, {provenance.NAME} says {stated['rows']}")
     sample = _Sample(stated, found, set(_evenly(total, images).tolist()))
+    flips = _Flips(stated, found)
     start = 0
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
                 readable = _fields(path.name, file.schema_arrow, stated, found)
-                flips = _Flips(stated, path.name, found)
+                flips.part(path.name)
                 within = 0
                 for batch in file.iter_batches(_BATCH_ROWS, columns=readable):
                     table = _without_nulls(path.name, pa.Table.from_batches([batch], batch.schema), within, found)
@@ -205,11 +206,12 @@ def _parts(folder: Path, stated: dict[str, Any], found: Findings, images: int) -
                     if {"sample_id", "key", "label"} <= set(table.column_names):
                         kept.append(table.select(["sample_id", "key", "label"]).replace_schema_metadata())
                     within += len(batch)
-                flips.judge()
                 start += within
         except (pa.ArrowInvalid, OSError) as error:
             found.fault(path.name, f"cannot be read ({str(error).splitlines()[0]})")
             start += provenance.rows_of(path) or 0
+    flips.part("")
+    flips.judge_all()
     sample.encode()
     sample.say()
     found.rows = start
@@ -308,7 +310,7 @@ def _values(where: str, table: pa.Table, start: int, stated: dict[str, Any], fou
     names = table.column_names
     keys = table.column("key").to_pylist() if "key" in names else [""] * len(table)
 
-    def wrong(column: str, rows: np.ndarray, what: str) -> None:
+    def wrong(column: str, rows: Any, what: str) -> None:
         found.rows_wrong(where, column, rows.reshape(len(table), -1).any(1), start, keys, what)
 
     if "label" in names:
@@ -335,16 +337,27 @@ def _values(where: str, table: pa.Table, start: int, stated: dict[str, Any], fou
 
 
 class _Flips:
-    """Whether the second side of a part looks like the mirror image of the first, over all its rows.
+    """Whether the second side looks like the mirror image of the first, over the rows of a part and of all.
 
     No encoder is needed: tokens and latents lie where the image shows what they stand for, so mirroring the first
-    side's must bring them nearer to the second's.
+    side's must bring them nearer to the second's. What is the same in all images (positions, borders) is left out:
+    sum |d - mean d|^2 = sum |d|^2 - |sum d|^2 / N of the differences d.
     """
 
-    def __init__(self, stated: dict[str, Any], where: str, found: Findings):
-        self.stated, self.where, self.found = stated, where, found
-        self.plain: dict[str, float] = {}
-        self.mirrored: dict[str, float] = {}
+    def __init__(self, stated: dict[str, Any], found: Findings):
+        self.stated, self.where, self.found = stated, "", found
+        self.spreads: dict[str, tuple[_Spread, _Spread]] = {}  # of a part, by column: the sides as they are, and one mirrored
+        self.all: dict[str, tuple[_Spread, _Spread]] = {}
+
+    def part(self, where: str) -> None:
+        """Judges the part before, where it has rows enough, and starts one."""
+        for column, pair in self.spreads.items():
+            both = self.all.setdefault(column, (_Spread(), _Spread()))
+            for whole, some in zip(both, pair, strict=True):
+                whole.join(some)
+            if pair[0].rows >= _JUDGED_ROWS:
+                self._judge(self.where, column, pair)
+        self.where, self.spreads = where, {}
 
     def add(self, table: pa.Table, start: int) -> None:
         if not self.stated["flip"]:
@@ -363,12 +376,11 @@ class _Flips:
                 values = _floats(some, column)  # N x 2 x ...
                 if column != "latent_mean":
                     values = values.reshape(len(some), 2, grid, grid, -1).transpose(0, 1, 4, 2, 3)
-                with np.errstate(over="ignore", invalid="ignore"):  # what is not finite has been named
-                    apart = ((values[:, 0] - values[:, 1]) ** 2).sum((1, 2, 3), dtype=np.float64)
-                    after = ((values[:, 0, ..., ::-1] - values[:, 1]) ** 2).sum((1, 2, 3), dtype=np.float64)
-                self.plain[column] = self.plain.get(column, 0.0) + apart.sum()
-                self.mirrored[column] = self.mirrored.get(column, 0.0) + after.sum()
-                same += (apart == 0).tolist()
+                apart = values[:, 0] - values[:, 1]
+                plain, mirrored = self.spreads.setdefault(column, (_Spread(), _Spread()))
+                plain.add(apart)
+                mirrored.add(values[:, 0, ..., ::-1] - values[:, 1])
+                same += (~apart.reshape(len(some), -1).any(1)).tolist()
             self._not_their_own_mirror(table, column, np.asarray(same), start)
 
     def _not_their_own_mirror(self, table: pa.Table, column: str, same: np.ndarray, start: int) -> None:
@@ -385,10 +397,38 @@ class _Flips:
         what = "both sides are the same, the mirrored image was not encoded"
         self.found.rows_wrong(self.where, column, same, start, table.column("key").to_pylist(), what)
 
-    def judge(self) -> None:
-        for column, plain in self.plain.items():
-            if plain > 0 and not self.mirrored[column] < plain:
-                self.found.fault(self.where, f"column '{column}': the second side does not look like the mirror image of the first")
+    def judge_all(self) -> None:
+        for column, pair in self.all.items():
+            if pair[0].rows < _JUDGED_ROWS:
+                self.found.note(f"'{column}': {pair[0].rows} images are too few to see by themselves whether their flips are right")
+            else:
+                self._judge("part-*.parquet", column, pair)
+
+    def _judge(self, where: str, column: str, pair: tuple["_Spread", "_Spread"]) -> None:
+        plain, mirrored = pair[0].total(), pair[1].total()
+        if 0 < plain <= mirrored:  # sides that are equal have been named row by row
+            self.found.fault(where, f"column '{column}': the second side does not look like the mirror image of the first")
+
+
+@dataclass
+class _Spread:
+    """Squared differences about their mean, summed over rows as they come."""
+
+    rows: int = 0
+    squares: float = 0.0
+    sums: Any = 0.0
+
+    def add(self, differences: np.ndarray) -> None:
+        self.rows += len(differences)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite has been named
+            self.squares += float((differences**2).sum(dtype=np.float64))
+            self.sums = self.sums + differences.sum(0, dtype=np.float64)
+
+    def join(self, other: "_Spread") -> None:
+        self.rows, self.squares, self.sums = self.rows + other.rows, self.squares + other.squares, self.sums + other.sums
+
+    def total(self) -> float:
+        return self.squares - float((self.sums**2).sum()) / self.rows
 
 
 class _Sample:
@@ -537,11 +577,11 @@ class _Sample:
                 return self.found.fault(provenance.NAME, f"the VAE gives latents of {new.shape[2:]}, stored are {stored.shape[2:]}")
             error = _relative(stored, new)
             swapped = _relative(stored[:, ::-1], new).max(1) < LATENT_ERROR
-            self._name(
-                column, rows, error.max(1) >= LATENT_ERROR,
-                lambda row, swapped=swapped, error=error: ("swapped sides: the mirrored image's come first" if swapped[row] else
-                "not what the VAE makes of its image") + f" (relative error {error[row].max():.3f})",
-            )  # fmt: skip
+            what = [
+                f"{'swapped sides: the mirrored image comes first' if turned else 'not what the VAE makes of its image'} (relative error {off:.3f})"
+                for turned, off in zip(swapped, error.max(1), strict=True)
+            ]
+            self._name(column, rows, error.max(1) >= LATENT_ERROR, what.__getitem__)
         return None
 
     def _name(self, column: str, rows: list[Any], wrong: np.ndarray, what: Callable[[int], str]) -> None:

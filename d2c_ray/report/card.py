@@ -1,17 +1,19 @@
 """The dataset card: README.md of a condensed dataset, with the header that dataset hubs read, and its picture."""
 
-import json
 import re
+import shlex
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from d2c_ray.config import DataConfig
 from d2c_ray.data import provenance, tables
-from d2c_ray.data.decode import Undecodable, decode
+from d2c_ray.data.decode import decode
 from d2c_ray.progress import clock
 from d2c_ray.report import contact_sheet
 from d2c_ray.rundir import write_bytes, write_text
@@ -40,12 +42,13 @@ def write(folder: str | Path, stated: dict[str, Any], metrics: dict[str, dict[st
         metrics: of the students trained on it, by arm, as their metrics.json says; None: not evaluated.
     """
     folder = Path(folder)
+    chosen = tables.read(folder / provenance.SELECTION, ["sample_id", "label", "rank"])
+    labels = np.unique(chosen.column("label").to_numpy())
+    labels = labels[contact_sheet.evenly(len(labels), SHOWN_CLASSES)]
     if not (folder / PICTURE).is_file():
-        picture = _picture(folder, stated)
-        if picture:
-            write_bytes(folder / PICTURE, picture)
+        write_bytes(folder / PICTURE, _picture(folder, stated, chosen, labels))
     path = folder / NAME
-    write_text(path, render(stated, metrics, (folder / PICTURE).is_file()))
+    write_text(path, render(stated, labels.tolist(), metrics))
     return path
 
 
@@ -54,15 +57,15 @@ def update(folder: str | Path, metrics: dict[str, dict[str, Any]]) -> Path:
     return write(folder, provenance.read(folder), metrics)
 
 
-def render(stated: dict[str, Any], metrics: dict[str, dict[str, Any]] | None = None, picture: bool = True) -> str:
-    """The card's text: the same for the same arguments."""
+def render(stated: dict[str, Any], pictured: list[int], metrics: dict[str, dict[str, Any]] | None = None) -> str:
+    """The card's text: the same for the same arguments; `pictured` are the labels that have a row in the picture."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         autoescape=False,  # Markdown: what is not ours goes through `text` or `code`
     )  # fmt: skip
-    page = environment.get_template("card.md.jinja").render(**_context(stated, metrics, picture))
+    page = environment.get_template("card.md.jinja").render(**_context(stated, pictured, metrics))
     return re.sub(r"\n{3,}", "\n\n", page)
 
 
@@ -79,7 +82,7 @@ def code(value: Any) -> str:
     return f"{fence}{space}{line}{space}{fence}"
 
 
-def _context(stated: dict[str, Any], metrics: dict[str, dict[str, Any]] | None, picture: bool) -> dict[str, Any]:
+def _context(stated: dict[str, Any], pictured: list[int], metrics: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
     data, selection, files = stated["data"], stated["selection"], stated["files"]
     title = f"{_source_name(stated)}, condensed to {stated['rows']:,} images"
     classes = _shown(stated["class_names"], NAMED_CLASSES)
@@ -88,7 +91,7 @@ def _context(stated: dict[str, Any], metrics: dict[str, dict[str, Any]] | None, 
     return {
         "header": _header(stated, " ".join(title.split())), "title": text(title), "num_images": f"{stated['rows']:,}", "classes": stated["class_names"],
         "candidates": _candidates(selection), "size": _bytes(sum(entry["bytes"] for entry in files.values())),
-        "pictures": _picture_words(stated) if picture else "", "contents": _contents(stated),
+        "pictures": _picture_words(stated, pictured), "contents": _contents(stated),
         "files": [(code(name), f"{entry['rows']:,}" if entry.get("rows") is not None else "", f"{entry['bytes']:,}") for name, entry in _few(files)],
         "columns": columns, "shown_classes": classes, "chosen": _chosen(selection), "settings": _settings(selection), "attached": _attached(stated),
         "cost": [*((text(stage), f"{seconds:,.1f}") for stage, seconds in stated["cost_seconds"].items()), _total(stated["cost_seconds"])],
@@ -126,7 +129,7 @@ def _source_name(stated: dict[str, Any]) -> str:
 def _candidates(selection: dict[str, Any]) -> str:
     """How many images there were to choose from."""
     share, images = selection.get("share"), selection.get("images")
-    return f"{round(images / share):,} ({share:.3g} of them)" if share and images else "a larger dataset"
+    return f"{round(images / share):,} ({share:.2%})" if share and images else "a larger dataset"
 
 
 def _bytes(count: int) -> str:
@@ -140,7 +143,7 @@ def _few(files: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """The inventory by name, the parts as one line."""
     parts = [entry for name, entry in files.items() if name.startswith("part-")]
     rest = sorted((name, entry) for name, entry in files.items() if not name.startswith("part-"))
-    rows = [entry.get("rows") for entry in parts]
+    rows: list[Any] = [entry.get("rows") for entry in parts]
     total = {"bytes": sum(entry["bytes"] for entry in parts), "rows": None if None in rows else sum(rows)}
     return [(f"part-*.parquet ({len(parts)})", total), *rest]
 
@@ -198,25 +201,22 @@ def _shown(names: list[str], most: int) -> str:
 
 def _chosen(selection: dict[str, Any]) -> str:
     selector = selection.get("selector", "?")
-    by = (
-        f"by {code(selection['scores'])}"
-        if selection.get("scores")
-        else f"in the features {code(selection['features'])}"
-        if selection.get("features")
-        else ""
-    )
-    teacher = selection.get("teacher")
+    images, teacher = selection.get("images"), selection.get("teacher")
+    kept = f" kept {images:,} of {_candidates(selection)} images" if images else " chose the images"
+    by = ""
+    if selection.get("features"):
+        by = f", by where they lie in the features {code(selection['features'])}"
+    elif selection.get("scores") and selector != "random":
+        by = f", by how hard they are to denoise ({code(selection['scores'])})"
     judged = f" Difficulty was judged by the teacher {code(teacher)}." if teacher else ""
-    images = selection.get("images")
-    kept = f", which kept {images:,} of {_candidates(selection)} images" if images else ""
-    return f"The selector {code(selector)} {by}{kept}.{judged}".replace("  ", " ")
+    return f"The selector {code(selector)}{kept}{by}.{judged}"
 
 
 def _settings(selection: dict[str, Any]) -> list[tuple[str, str]]:
     """The selector's settings and facts, as they were recorded."""
     hidden = ("selector", "scores", "features", "teacher", "images", "transport", "notices", "k" if not selection.get("k") else "")
     plain = [(name, value) for name, value in selection.items() if name not in hidden and isinstance(value, (str, int, float))]
-    return [(text(name), text(f"{value:.6g}" if isinstance(value, float) else value)) for name, value in plain]
+    return [(code(name), text(f"{value:.6g}" if isinstance(value, float) else value)) for name, value in plain]
 
 
 def _attached(stated: dict[str, Any]) -> list[str]:
@@ -256,7 +256,7 @@ def _total(seconds: dict[str, float]) -> tuple[str, str]:
 
 def _results(metrics: dict[str, dict[str, Any]]) -> list[list[str]]:
     """A row for real images, and for every student and the subset it was trained on."""
-    rows = []
+    rows: list[list[str]] = []
     for arm, found in metrics.items():
         counts = found["counts"]
         if not rows:
@@ -322,8 +322,6 @@ def _command(stated: dict[str, Any]) -> str:
     values["attach.vision.encoder"] = stated["vision"].get("vision", {}).get("encoder", "none")
     if stated.get("vae"):
         values["vae.path"] = stated["vae"]["path"]
-    import shlex
-
     return "d2c attach CONFIG.yaml " + " ".join(shlex.quote(" ".join(f"{name}={value}".split())) for name, value in values.items())
 
 
@@ -356,67 +354,56 @@ def _snippets(stated: dict[str, Any]) -> dict[str, str]:
     columns = ", ".join(["key", "label", *(each for each in (name, f"{name}_scale") if each in kinds)])
     return {
         "datasets": "\n".join(
-            ["import numpy as np", "from datasets import load_dataset", "", 'data = load_dataset(".", split="train")', f"{label} = {images}", "row = data[0]", decoded("row")]
+            ["import os", "", "import numpy as np", "from datasets import load_dataset", "", 'data = load_dataset(os.getcwd(), split="train")', f"{label} = {images}", "row = data[0]", decoded("row")]
         ),
         "pyarrow": "\n".join(
-            ["import json", "import numpy as np", "import pyarrow.dataset as ds", "", 'from glob import glob', "", 'data = ds.dataset(sorted(glob("part-*.parquet")))',
+            ["import json", "from glob import glob", "", "import numpy as np", "import pyarrow.dataset as ds", "", 'data = ds.dataset(sorted(glob("part-*.parquet")))',
              "row = data.head(1).to_pylist()[0]", decoded("row"), f'facts = data.schema.field("{name}").metadata',
              'dtype, shape = facts[b"dtype"].decode(), json.loads(facts[b"shape"])']
         ),
         "polars": "\n".join(["import numpy as np", "import polars as pl", "", 'data = pl.scan_parquet("part-*.parquet")', "row = data.head(1).collect().row(0, named=True)", decoded("row")]),
         "duckdb": "\n".join(
             ["import duckdb", "import numpy as np", "", f"data = duckdb.sql(\"select {columns} from 'part-*.parquet' order by sample_id limit 1\")",
-             "row = dict(zip(data.columns, data.fetchone()))", decoded("row")]
+             "row = dict(zip(data.columns, data.fetchall()[0]))", decoded("row")]
         ),
     }  # fmt: skip
 
 
-def _picture_words(stated: dict[str, Any]) -> str:
-    names = [stated["class_names"][label] or f"label {label}" for label in _pictured(stated)]
+def _picture_words(stated: dict[str, Any], pictured: list[int]) -> str:
+    names = [stated["class_names"][label] or f"label {label}" for label in pictured if 0 <= label < len(stated["class_names"])]
     rows = f"Rows from the top: {', '.join(text(name) for name in names)}. " if names else ""
     return (
         f"{rows}Each row shows images spread evenly over what was kept{', from easy to hard' if stated['selection'].get('scores') else ''}."
     )
 
 
-def _pictured(stated: dict[str, Any]) -> list[int]:
-    """Labels that have a row in the picture; nothing is read for it, so a class without images may be among them."""
-    return contact_sheet.evenly(len(stated["class_names"]), SHOWN_CLASSES).tolist()
-
-
-def _picture(folder: Path, stated: dict[str, Any]) -> bytes:
-    """A class a row, its images spread evenly by rank: a PNG file; empty where there is no image to show."""
-    chosen = tables.read(folder / provenance.SELECTION)
+def _picture(folder: Path, stated: dict[str, Any], chosen: pa.Table, pictured: np.ndarray) -> bytes:
+    """A class a row, its images spread evenly by rank: a PNG file."""
     labels, ids = chosen.column("label").to_numpy(), chosen.column("sample_id").to_numpy()
     ranks = pc.fill_null(chosen.column("rank"), 0).to_numpy()
     wanted: list[list[int]] = []
-    for label in _pictured(stated) if stated["class_names"] else [-1]:
+    for label in pictured:
         mine = np.flatnonzero(labels == label)
         mine = mine[np.lexsort((ids[mine], ranks[mine]))]
         wanted.append(ids[mine[contact_sheet.evenly(len(mine), SHOWN_IMAGES)]].tolist())
     found = _images(folder, stated, {sample_id for row in wanted for sample_id in row})
-    rows = [[found[sample_id] for sample_id in row if sample_id in found] for row in wanted]
-    return contact_sheet.sheet(rows) if any(rows) else b""
+    return contact_sheet.sheet([[found[sample_id] for sample_id in row] for row in wanted])
 
 
 def _images(folder: Path, stated: dict[str, Any], wanted: set[int]) -> dict[int, np.ndarray]:
     """Decoded images by sample_id, reduced where large."""
     data, found = stated["data"], {}
     for path in sorted(folder.glob("part-*.parquet")):
-        ids = tables.read(path, ["sample_id"]).column("sample_id").to_pylist()
-        if wanted.isdisjoint(ids) or "image" not in pq.read_schema(path).names:
+        if wanted.isdisjoint(tables.read(path, ["sample_id"]).column("sample_id").to_pylist()):
             continue
-        start = 0
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(256, columns=["image"]):
-                column = batch.column(0)
-                for row in [row for row in range(len(batch)) if ids[start + row] in wanted]:
-                    try:
-                        pixels = decode(column[row].as_py()["bytes"], data["image_size"], data["channels"], data.get("max_pixels", 1 << 40))
-                    except Undecodable:
-                        continue
-                    found[ids[start + row]] = _reduced(pixels)
-                start += len(batch)
+            for batch in file.iter_batches(256, columns=["sample_id", "image"]):
+                for row, sample_id in enumerate(batch.column("sample_id").to_pylist()):
+                    if sample_id in wanted:
+                        content = batch.column("image")[row].as_py()["bytes"]
+                        found[sample_id] = _reduced(
+                            decode(content, data["image_size"], data["channels"], data.get("max_pixels", DataConfig.max_pixels))
+                        )
     return found
 
 
