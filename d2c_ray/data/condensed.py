@@ -39,7 +39,8 @@ Text = tuple[Tensor, Tensor]
 
 def read_text(path: Path | pa.Buffer) -> Text | None:
     """Text states, classes x tokens x width float32, and mask, of a class table; None where it has no text."""
-    table = tables.read(path) if isinstance(path, Path) else pq.read_table(pa.BufferReader(path))
+    # Without threads: one that lags holds memory of Python's, and ends the process if that is just ending too.
+    table = tables.read(path) if isinstance(path, Path) else pq.ParquetFile(pa.BufferReader(path)).read(use_threads=False)
     if "text_states" not in table.column_names:
         return None
     states = torch.from_numpy(np.array(tables.tensor_values(table, "text_states")).view(np.int16)).view(torch.bfloat16).float()

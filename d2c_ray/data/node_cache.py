@@ -32,6 +32,7 @@ FORMAT = 1  # of the copy; another one never meets this one's files
 BATCH_BYTES = 64 << 20  # decoded at a time, or one row
 NOTE_SEC = 0.2  # between two notes of what is done; a sync takes milliseconds, a small part less
 FETCH_BYTES = 8 * storage.PIECE_BYTES  # of a remote part at a time
+SYNC = getattr(os, "fdatasync", os.fsync)  # the former where there is one
 INTEGERS = {"sample_id": np.dtype(np.int64), "label": np.dtype(np.int64)}  # plain columns; the rest are tensors
 ELSEWHERE = "resources.cache_dir, in Python open(..., cache_dir=...), puts it on another disk."
 AGAIN = "Copy the dataset again from where it came from, or run its stage again."
@@ -110,7 +111,14 @@ class NodeCache:
             found = {name: self._mapped(name, kind) for name, kind in kinds.items()}
             missing = {name: kinds[name] for name, array in found.items() if array is None}
             if missing:
-                self._build(missing)
+                try:
+                    self._build(missing)
+                except OSError as error:
+                    if error.filename in {part.uri for part in self._parts}:
+                        raise UserError(f"'{error.filename}' cannot be read: {error.strerror}.") from None
+                    raise UserError(
+                        f"the copy of '{self._source}' cannot be written to {self.folder}: {error.strerror or error}. {ELSEWHERE}"
+                    ) from error
                 found |= {name: self._mapped(name, kind) for name, kind in missing.items()}
         arrays = {name: array for name, array in found.items() if array is not None}
         assert len(arrays) == len(kinds), "a column that was just built is whole"
@@ -167,21 +175,14 @@ class NodeCache:
             start, noted = 0, time.monotonic()
             for number, part in enumerate(self._parts):
                 wanted = {name: kind for name, kind in kinds.items() if done[name] <= number}
-                try:
-                    if wanted and part.rows:
-                        self._copy(part, wanted, files, start)
-                    done |= dict.fromkeys(wanted, number + 1)
-                    if wanted and (time.monotonic() - noted >= NOTE_SEC or number + 1 == len(self._parts)):
-                        for file in files.values():
-                            os.fdatasync(file.fileno())
-                        self._note(done)
-                        noted = time.monotonic()
-                except OSError as error:
-                    if error.filename == part.uri:
-                        raise UserError(f"'{part.uri}' cannot be read: {error.strerror}.") from None
-                    raise UserError(
-                        f"the copy of '{self._source}' cannot be written to {self.folder}: {error.strerror or error}. {ELSEWHERE}"
-                    ) from error
+                if wanted and part.rows:
+                    self._copy(part, wanted, files, start)
+                done |= dict.fromkeys(wanted, number + 1)
+                if wanted and (time.monotonic() - noted >= NOTE_SEC or number + 1 == len(self._parts)):
+                    for file in files.values():
+                        SYNC(file.fileno())
+                    self._note(done)
+                    noted = time.monotonic()
                 start += part.rows
 
     def _note(self, done: dict[str, int]) -> None:
@@ -248,7 +249,8 @@ def _runs(part: Part, content: pa.Buffer, kinds: dict[str, Kind]) -> Iterator[tu
                 )
         for name, kind in kinds.items():
             at = 0
-            for batch in file.iter_batches(max(1, BATCH_BYTES // kind.num_bytes), columns=[name]):
+            # Without threads, which have nothing to do at one column, and may outlive the memory map.
+            for batch in file.iter_batches(max(1, BATCH_BYTES // kind.num_bytes), columns=[name], use_threads=False):
                 if batch.column(0).null_count:
                     raise UserError(f"'{part.uri}': column '{name}' holds nulls. {AGAIN}")
                 yield name, at, _values(pa.Table.from_batches([batch]), name)
