@@ -146,7 +146,7 @@ class Vae:
         self.network = _load_vae(config).to(device)
         self.device, self.device_batch = device, config.device_batch
         self.dtype = DTYPES[config.precision]
-        self.network.to(self.dtype).eval().requires_grad_(False)
+        self.network.eval().requires_grad_(False)
         self.scale = float(self.network.config.scaling_factor)
         self.shift = float(self.network.config.shift_factor or 0.0)
 
@@ -217,7 +217,11 @@ def _load_vae(config: VaeConfig) -> Any:
     for safe in (False,) if only_bin else (True, False):
         try:
             return AutoencoderKL.from_pretrained(
-                config.path, subfolder=config.subfolder or None, use_safetensors=safe, low_cpu_mem_usage=False
+                config.path,
+                subfolder=config.subfolder or None,
+                use_safetensors=safe,
+                torch_dtype=DTYPES[config.precision],
+                low_cpu_mem_usage=False,
             )
         except (OSError, ValueError) as error:
             errors.append(error)
