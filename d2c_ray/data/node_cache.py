@@ -29,7 +29,7 @@ from d2c_ray.rundir import write_json
 
 STATE = "state.json"
 FORMAT = 1  # of the copy; another one never meets this one's files
-BATCH_BYTES = 64 << 20  # decoded at a time, or one row
+BATCH_BYTES = 4 << 20  # decoded at a time, or one row; more would be memory anew each time, less does not pay
 NOTE_SEC = 0.2  # between two notes of what is done; a sync takes milliseconds, a small part less
 FETCH_BYTES = 8 * storage.PIECE_BYTES  # of a remote part at a time
 SYNC = getattr(os, "fdatasync", os.fsync)  # the former where there is one

@@ -131,6 +131,15 @@ class Gatherer:
             rows, side: B integers each (side: 0 or 1, also as booleans), in range.
             dtype: to convert to, on the device; None: as stored.
         """
+        moved = self.fill(name, array, rows, side).to(self._device, non_blocking=True)
+        if self._device.type == "cuda":
+            self._sent[name] = torch.cuda.Event()
+            self._sent[name].record(torch.cuda.current_stream(self._device))
+        # To the CPU nothing has moved yet: without a copy the result would change with the next batch.
+        return moved.to(dtype or moved.dtype, copy=self._device.type == "cpu")
+
+    def fill(self, name: str, array: np.ndarray, rows: np.ndarray, side: np.ndarray | None = None) -> Tensor:
+        """As `take`, but the buffer itself, as stored (uint16 as bfloat16): the next call for `name` overwrites it."""
         if not array.flags.c_contiguous:
             raise ValueError(f"'{name}' is not contiguous: taking rows of it would copy all of it first")
         values, index = np.asarray(array), np.asarray(rows, np.int64)
@@ -142,13 +151,7 @@ class Gatherer:
         buffer = self._buffer(name, values, len(index))
         # Into the buffer itself only with mode='clip': otherwise NumPy gathers elsewhere first, so as to leave `out` whole on an error.
         np.take(values, index, axis=0, out=buffer.numpy().view(values.dtype), mode="clip")
-        moved = buffer.to(self._device, non_blocking=True)
-        if self._device.type == "cuda":
-            self._sent[name] = torch.cuda.Event()
-            self._sent[name].record(torch.cuda.current_stream(self._device))
-        moved = moved.view(torch.bfloat16) if values.dtype == np.uint16 else moved
-        # To the CPU nothing has moved yet: without a copy the result would change with the next batch.
-        return moved.to(dtype or moved.dtype, copy=self._device.type == "cpu")
+        return buffer.view(torch.bfloat16) if values.dtype == np.uint16 else buffer
 
     def _buffer(self, name: str, values: np.ndarray, rows: int) -> Tensor:
         if name in self._sent:
