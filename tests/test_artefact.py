@@ -501,6 +501,7 @@ def test_numbers_come_with_their_record(copy: Path) -> None:
     assert "interval: How it was measured: euler sampler, 50 steps, guidance 1.5, ema weights" in written
     assert "were not measured alike:** their records differ in steps" in written
     assert "none of them is an FID" in written
+    assert "At fewer than 10,000 generated images" in written
     assert verify.verify(copy, images=2) == [], "the card is no part of the inventory"
     card.update(copy, {"interval": METRICS})
     assert "How it was measured: euler" in (copy / "README.md").read_text()

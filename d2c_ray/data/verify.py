@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from d2c_ray import schema
 from d2c_ray.config import DataConfig
-from d2c_ray.data import provenance, tables
+from d2c_ray.data import at_hand, provenance, tables
 from d2c_ray.data.decode import Undecodable, decode
 from d2c_ray.errors import UserError
 from d2c_ray.rundir import SUCCESS
@@ -162,7 +162,7 @@ def _classes(folder: Path, stated: dict[str, Any], found: Findings, images: int)
         return
     some = _evenly(len(table), images)
     prompts = [table.column("prompt")[int(row)].as_py() for row in some]
-    fresh = _at_hand(lambda: _encode_text(text, prompts), f"the text states ({text['encoder']})", found)
+    fresh = _at_hand(lambda: at_hand.text(text, prompts), f"the text states ({text['encoder']})", found)
     if fresh is not None:
         weights, (new_states, new_mask) = fresh
         if weights != text["weights"]:
@@ -502,7 +502,7 @@ class _Sample:
         if column not in self.encoders:
             stated = self.stated
             if column == "latent_mean":
-                made = _at_hand(lambda: _load_vae(stated), "the latents", self.found)
+                made = _at_hand(lambda: at_hand.vae(stated), "the latents", self.found)
                 if made is not None and made[0] != stated["latent"].get("encoder"):
                     said = stated["latent"].get("encoder")
                     self.found.note(
@@ -513,7 +513,7 @@ class _Sample:
             else:
                 vision = stated["vision"][column]
                 name = vision["encoder"]
-                made = _at_hand(lambda: _load_vision(vision, stated["grid"]), f"'{column}' and its flips ({name})", self.found)
+                made = _at_hand(lambda: at_hand.vision(vision, stated["grid"]), f"'{column}' and its flips ({name})", self.found)
                 if made is not None and made[0] != vision["weights"]:
                     self.foreign[column] = True
             self.encoders[column] = made
@@ -725,93 +725,6 @@ def _at_hand(load: Callable[[], Any], what: str, found: Findings) -> Any:
     """What `load` gives; None, and a note, where the encoder is not here."""
     try:
         return load()
-    except (UserError, ImportError, OSError, ValueError) as error:
+    except at_hand.ABSENT as error:
         found.note(f"{what} were not encoded anew: {str(error).splitlines()[0]}")
         return None
-
-
-def _local(name: str, subfolder: str = "") -> None:
-    """Raises UserError where loading an encoder would have to ask a hub: a dataset from elsewhere must not make us download."""
-    from d2c_ray.config import DINOV2, EFFICIENTNETS
-
-    name = DINOV2.get(name, name)
-    if name in (*EFFICIENTNETS, "minilm") or (name and Path(name).expanduser().is_dir()):
-        return
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        if isinstance(try_to_load_from_cache(name, f"{subfolder}/config.json".lstrip("/")), str):
-            return
-    except ValueError:
-        pass  # a path, no hub name
-    raise UserError(f"'{name}' is neither a folder here nor in the hub's cache")
-
-
-def _device() -> Any:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _load_vision(stated: dict[str, Any], grid: int) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
-    """The hash of an encoder's weights at hand, and uint8 N x H x W x C to tokens, N x L x V."""
-    import torch
-
-    _local(stated["encoder"])
-    from importlib import import_module
-    from importlib.util import find_spec
-
-    from d2c_ray.config import VisionConfig
-    from d2c_ray.models import frozen
-
-    model: Any
-    if find_spec("d2c_ray.models.vision") is not None:
-        vision = import_module("d2c_ray.models.vision")
-        options = VisionConfig(**{name: stated[name] for name in ("encoder", "image_size", "storage", "precision", "device_batch")})
-        weights, model = vision.facts(options, grid)["weights"], vision.load(options, grid, _device())
-    else:
-        weights = frozen.file_hash(frozen.weights_file(stated["encoder"]))
-        model = frozen.VisionEncoder(stated["encoder"], stated["image_size"], _device(), stated["device_batch"])
-    return weights, lambda pixels: model.tokens(torch.from_numpy(pixels), grid).numpy()
-
-
-def _encode_text(stated: dict[str, Any], prompts: list[str]) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
-    """The hash of a text encoder's weights at hand, and its states and mask of prompts."""
-    _local(stated["encoder"])
-    from importlib import import_module
-    from importlib.util import find_spec
-
-    from d2c_ray.config import TextConfig
-    from d2c_ray.models import frozen
-
-    if find_spec("d2c_ray.models.text") is not None:
-        text = import_module("d2c_ray.models.text")
-        options = TextConfig(
-            **{name: stated[name] for name in ("encoder", "template", "tokens", "precision", "device_batch") if name in stated}
-        )
-        weights, (states, mask) = text.facts(options)["weights"], text.encode(options, prompts, _device())
-    else:
-        weights = frozen.file_hash(frozen.weights_file(stated["encoder"]))
-        states, mask = frozen.encode_text(stated["encoder"], prompts, stated["tokens"])
-    return weights, (states.float().numpy(), mask.numpy())
-
-
-def _load_vae(stated: dict[str, Any]) -> tuple[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]]:
-    """The hash of a VAE's encoder at hand, and uint8 N x H x W x C to posterior mean and standard deviation."""
-    import torch
-
-    vae = stated.get("vae")
-    if not vae:
-        raise UserError(f"{provenance.NAME} names no VAE")
-    _local(vae["path"], vae["subfolder"])
-    from d2c_ray.config import VaeConfig
-    from d2c_ray.models import frozen
-
-    weights = frozen.encoder_hash(vae["path"], vae["subfolder"])
-    network = frozen.Vae(VaeConfig(vae["path"], vae["subfolder"], vae["precision"], vae["device_batch"]), _device())
-
-    def encode(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        mean, std = network.encode(torch.from_numpy(pixels))
-        return mean.numpy(), std.numpy()
-
-    return weights, encode

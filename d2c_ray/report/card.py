@@ -22,6 +22,7 @@ NAME, PICTURE = "README.md", "examples.png"
 SHOWN_CLASSES, SHOWN_IMAGES = 10, 8  # of the picture
 SHOWN_PIXELS = 96  # a side of an image in it, at most
 NAMED_CLASSES = 100
+FEW_SAMPLES = 10_000  # below this a Fréchet distance is dominated by its own bias
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
 _BIASES = {
     "interval": "Every so many ranks are taken, from the easiest image of a class on: the easiest end is favoured and the hardest images are left out.",
@@ -287,6 +288,10 @@ def _records(metrics: dict[str, dict[str, Any]]) -> list[str]:
         differ = sorted({name for record in every for name in record if any(other.get(name) != record[name] for other in every)})
         lines.append(
             f"**The rows above were not measured alike:** their records differ in {', '.join(text(name) for name in differ)}. Compare them with care."
+        )
+    if min(found["counts"]["generated"] for found in metrics.values()) < FEW_SAMPLES:
+        lines.append(
+            f"At fewer than {FEW_SAMPLES:,} generated images a Fréchet distance is biased upwards, for real images too: read it only beside the row of real images."
         )
     network = text(next(iter(records.values())).get("network", "?"))
     lines.append(f"Distances are in the features of {network}, not Inception's: none of them is an FID or comparable with a published one.")
