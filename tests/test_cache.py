@@ -10,7 +10,9 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -22,10 +24,11 @@ from conftest import ROOT
 from faulty_s3 import FaultyProxy, S3Server, once_each
 
 from d2c_ray import condensed, schema
-from d2c_ray.config import StorageConfig
+from d2c_ray.config import StorageConfig, TrainConfig
 from d2c_ray.data import node_cache, tables
 from d2c_ray.errors import UserError
 from d2c_ray.models.frozen import quantise
+from d2c_ray.models.transformer import TransformerSpec
 from d2c_ray.training import batches
 
 CPU = torch.device("cpu")
@@ -585,6 +588,43 @@ def test_a_training_opens_only_what_it_needs(written, tmp_path: Path) -> None:
             set(condensed.open(folder, tmp_path / "cache", columns).arrays) == {"sample_id", "label", "latent_mean", "latent_std"} | wanted
         )
     assert condensed.training_columns({"latent": {"kind": "pixels"}}, None) == ["pixels"]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_worker_opens_its_columns_in_the_cache_folder_and_keeps_them_if_told(
+    written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    """What a worker of Ray Train runs, in this process."""
+
+    from d2c_ray.distributed import trainer
+
+    folder = write(tmp_path / "data", written)
+    monkeypatch.setattr(
+        trainer.ray.train,
+        "get_context",
+        lambda: SimpleNamespace(get_world_rank=lambda: 0, get_local_rank=lambda: 0, get_world_size=lambda: 1),
+    )
+    monkeypatch.setattr(trainer.ray.train, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(trainer.ray.train.torch, "get_device", lambda: CPU)
+    copies: list[list[str]] = []
+
+    def report(step: int, save: object) -> None:
+        copies.append(sorted(path.name for path in (tmp_path / "cache").rglob("*.npy")))
+
+    monkeypatch.setattr(trainer, "_report", report)
+    spec = TransformerSpec("sit", 32, 3, 8, 1, 32, 2, 10, text_tokens=2, text_width=4, vision_width=96, align_depth=1, align_hidden=16)
+    options = TrainConfig(num_images=32, batch_size=16, precision="fp32", align_with="large", log_every=16, checkpoint_every=32)
+    facts = json.loads((folder / "_SUCCESS.json").read_text())["facts"]
+    trainer._worker(
+        {
+            "spec": spec.to_dict(), "train": asdict(options), "data": str(folder), "columns": condensed.training_columns(facts, "large"),
+            "cache_dir": str(tmp_path / "cache"), "keep_cache": keep, "metrics": str(tmp_path / "metrics.jsonl"), "threads": 1, "mended": "",
+        }
+    )  # fmt: skip
+    assert copies == [["label.npy", "latent_mean.npy", "latent_std.npy", "sample_id.npy", "vision_large.npy"]]
+    assert bool(list((tmp_path / "cache").rglob("*.npy"))) == keep
+    logs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(logs) == 2 and all(log["loss_align"] != 0 for log in logs)
 
 
 def test_the_docstrings_example_trains(written, tmp_path: Path) -> None:

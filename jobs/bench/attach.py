@@ -17,6 +17,7 @@ import sys
 sys.path = [path for path in sys.path if path != os.path.dirname(os.path.realpath(__file__))]  # select.py there would hide Python's own
 
 import argparse
+import ctypes
 import hashlib
 import json
 import shutil
@@ -99,6 +100,7 @@ def anonymous() -> int:
 
 def peak_over(work: Callable[[], object]) -> int:
     """The most that anonymous memory rises above its start while `work` runs 20 times, looked at all the time by another thread."""
+    ctypes.CDLL(None).malloc_trim(0)  # what malloc kept of earlier work would hide what this takes
     start, highest, done = anonymous(), 0, threading.Event()
 
     def look() -> None:
