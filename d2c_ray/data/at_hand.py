@@ -5,34 +5,19 @@ Raises one of `ABSENT` where an encoder is not here or cannot be loaded as state
 """
 
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from d2c_ray.config import DINOV2, EFFICIENTNETS, TextConfig, VaeConfig, VisionConfig
+from d2c_ray.config import TextConfig, VaeConfig, VisionConfig
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen
+from d2c_ray.models import frozen, hub
+from d2c_ray.models import text as encoders_of_text
+from d2c_ray.models import vision as encoders_of_images
 
 ABSENT = (UserError, ImportError, OSError, ValueError, KeyError, RuntimeError)
-
-
-def _local(name: str, subfolder: str = "") -> None:
-    """Raises UserError where loading an encoder would have to ask a hub: a dataset from elsewhere must not make us download."""
-    name = DINOV2.get(name, name)
-    if name in (*EFFICIENTNETS, "minilm") or (name and Path(name).expanduser().is_dir()):
-        return
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        if isinstance(try_to_load_from_cache(name, f"{subfolder}/config.json".lstrip("/")), str):
-            return
-    except ValueError:
-        pass  # a path, no hub name
-    raise UserError(f"'{name}' is neither a folder here nor in the hub's cache")
 
 
 def _device() -> torch.device:
@@ -41,31 +26,28 @@ def _device() -> torch.device:
 
 def vision(stated: dict[str, Any], grid: int) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
     """The hash of an encoder's weights at hand, and uint8 N x H x W x C to tokens, N x L x V."""
-    _local(stated["encoder"])
-    model: Any
-    if find_spec("d2c_ray.models.vision") is not None:
-        module = import_module("d2c_ray.models.vision")
-        options = VisionConfig(**{name: stated[name] for name in ("encoder", "image_size", "storage", "precision", "device_batch")})
-        weights, model = module.facts(options, grid)["weights"], module.load(options, grid, _device())
-    else:
-        weights = frozen.file_hash(frozen.weights_file(stated["encoder"]))
-        model = frozen.VisionEncoder(stated["encoder"], stated["image_size"], _device(), stated["device_batch"])
+    options = VisionConfig(**{name: stated[name] for name in ("encoder", "image_size", "storage", "precision", "device_batch")})
+    with hub.only_local():
+        weights, model = encoders_of_images.facts(options, grid)["weights"], encoders_of_images.load(options, grid, _device())
     return weights, lambda pixels: model.tokens(torch.from_numpy(pixels), grid).numpy()
 
 
 def text(stated: dict[str, Any], prompts: list[str]) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
     """The hash of a text encoder's weights at hand, and its states and mask of prompts."""
-    _local(stated["encoder"])
-    if find_spec("d2c_ray.models.text") is not None:
-        module = import_module("d2c_ray.models.text")
-        options = TextConfig(
-            **{name: stated[name] for name in ("encoder", "template", "tokens", "precision", "device_batch") if name in stated}
-        )
-        weights, (states, mask) = module.facts(options)["weights"], module.encode(options, prompts, _device())
-    else:
-        weights = frozen.file_hash(frozen.weights_file(stated["encoder"]))
-        states, mask = frozen.encode_text(stated["encoder"], prompts, stated["tokens"])
-    return weights, (states.float().numpy(), mask.numpy())
+    known = ("encoder", "template", "tokens", "precision", "device_batch")
+    options = TextConfig(**{name: stated[name] for name in known if name in stated})
+    with hub.only_local():
+        weights, (states, mask) = encoders_of_text.facts(options)["weights"], encoders_of_text.encode(options, prompts, _device())
+    return weights, (states.numpy(), mask.numpy())
+
+
+def _in_cache(name: str, subfolder: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(name, f"{subfolder}/config.json".lstrip("/")), str)
+    except ValueError:  # a path, no hub name
+        return False
 
 
 def vae(stated: dict[str, Any]) -> tuple[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]]:
@@ -73,7 +55,8 @@ def vae(stated: dict[str, Any]) -> tuple[str, Callable[[np.ndarray], tuple[np.nd
     given = stated.get("vae")
     if not given:
         raise UserError("the provenance names no VAE")
-    _local(given["path"], given["subfolder"])
+    if not Path(given["path"]).expanduser().is_dir() and not _in_cache(given["path"], given["subfolder"]):
+        raise UserError(f"'{given['path']}' is neither a folder here nor in the hub's cache")
     weights = frozen.encoder_hash(given["path"], given["subfolder"])
     network = frozen.Vae(VaeConfig(given["path"], given["subfolder"], given["precision"], given["device_batch"]), _device())
 
