@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT
 
 from d2c_ray import schema
-from d2c_ray.config import DataConfig, StorageConfig, VaeConfig
+from d2c_ray.config import DataConfig, StorageConfig, TextConfig, VaeConfig, VisionConfig
 from d2c_ray.data import attached, decode, export, manifest, provenance, tables, units, verify
 from d2c_ray.errors import UserError
 from d2c_ray.models import frozen
+from d2c_ray.models import text as encoders_of_text
+from d2c_ray.models import vision as encoders_of_images
 from d2c_ray.report import card
 from d2c_ray.training.batches import dequantise
 
@@ -47,50 +48,27 @@ def write_artefact(
     """A condensed dataset in exactly the form that attach leaves, of real images and real encodings."""
     folder.mkdir(parents=True)
     pixels = torch.from_numpy(units.pixels_of(rows))
-    sides = [pixels, pixels.flip(2)] if flip else [pixels]
-    tensors: dict[str, np.ndarray] = {}
     latent: dict[str, Any] = {"kind": "pixels", "channels": pixels.shape[3], "side": pixels.shape[1]}
-    if vae is None:
-        tensors["pixels"] = pixels.numpy()
-    else:
+    whole, vision = rows, {}
+    if vae is not None:
         network = frozen.Vae(VaeConfig(path=str(vae), device_batch=DEVICE_BATCH), CPU)
-        mean, std = attached.posterior(pixels, network, flip)
-        tensors["latent_mean"], tensors["latent_std"] = mean.half().numpy(), std.half().numpy()
+        found = attached.latents(pixels, network, flip)
+        whole = attached.add(whole.drop_columns("pixels"), found)
         facts = frozen.vae_facts(str(vae), "")
-        latent = {"kind": "vae", "channels": mean.shape[2], "side": mean.shape[3], "scale": facts["scale"], "shift": facts["shift"]}
-        latent |= {"vae": facts["hash"], "encoder": facts["encoder"]}
-    vision, cosine = {}, {}
+        latent = {"kind": "vae", "channels": facts["channels"], "side": found["latent_mean"].shape[3], "scale": facts["scale"]}
+        latent |= {"shift": facts["shift"], "vae": facts["hash"], "encoder": facts["encoder"]}
     if encoder != "none":
-        model = frozen.VisionEncoder(encoder, SEEN, CPU, DEVICE_BATCH)
-        tokens = torch.stack([model.tokens(side, GRID) for side in sides], 1)
-        if storage == "int8":
-            tensors["vision"], tensors["vision_scale"] = frozen.quantise(tokens.numpy())
-        else:
-            tensors["vision"] = tokens.bfloat16().view(torch.int16).numpy().view(np.uint16)
-        stored = dequantise(tensors["vision"], tensors.get("vision_scale"))
-        cosine = {"vision": float(F.cosine_similarity(stored, tokens, dim=-1).min())}
-        vision["vision"] = {
-            "encoder": encoder, "weights": frozen.file_hash(frozen.weights_file(encoder)), "width": model.width, "image_size": SEEN,
-            "precision": "fp32", "device_batch": DEVICE_BATCH, "storage": storage, "cosine_min": cosine["vision"],
-        }  # fmt: skip
-    kinds = {name: (str(values.dtype), values.shape[1:]) for name, values in tensors.items()}
-    plain = [pa.field("sample_id", pa.int64()), pa.field("key", pa.string()), pa.field("label", pa.int64())]
-    image = pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())]))
-    fields = pa.schema([*plain, image, *tables.arrow_schema(dict.fromkeys(tensors, "tensor"), kinds)])
-    fields = fields.with_metadata({provenance.HUB: provenance.hub_features(fields, names)})
-    keys = rows.column("key").to_pylist()
-    images = [{"bytes": content, "path": key} for content, key in zip(rows.column("image").to_pylist(), keys, strict=True)]
-    whole = pa.table(
-        [*(rows.column(field.name).cast(field.type) for field in plain), pa.array(images, image.type)]
-        + [tables.tensor_column(values) for values in tensors.values()],
-        schema=fields,
-    )
+        options = VisionConfig(encoder=encoder, image_size=SEEN, storage=storage, device_batch=DEVICE_BATCH)
+        model = encoders_of_images.load(options, GRID, CPU)
+        tokens, cosine = attached.tokens(pixels, model, GRID, flip, storage == "int8", "vision", DEVICE_BATCH)
+        whole = attached.add(whole, tokens, {"vision": cosine})
+        vision["vision"] = {**encoders_of_images.facts(options, GRID), "storage": storage, "cosine_min": cosine}
     for part, start in enumerate(range(0, len(whole), ROWS_PER_PART)):
-        some = whole.slice(start, ROWS_PER_PART)
-        facts = {"rows": len(some), "rejected": [], "device": "cpu", "cosine": cosine}
-        tables.write(folder / f"part-{part:06d}.parquet", some, facts)
-    prompts = [f"a photo of a {name}" if text else "" for name in names]
-    states = frozen.encode_text("minilm", prompts, 8) if text else None
+        facts = {"rejected": [], "device": "cpu", "storage": dict.fromkeys(vision, storage)}
+        attached.write(folder / f"part-{part:06d}.parquet", whole.slice(start, ROWS_PER_PART), facts, names)
+    words = TextConfig(encoder="minilm", tokens=8, device_batch=8)
+    prompts = [encoders_of_text.prompt(words.template, name) if text else "" for name in names]
+    states = encoders_of_text.encode(words, prompts, CPU) if text else None
     attached.write_classes(folder / "classes.parquet", names, prompts, states)
     labels = rows.column("label").to_numpy()
     chosen = {"images": len(rows), "selector": "interval", "budget": len(rows), "f": 0.75, "share": len(rows) / 5000}
@@ -106,10 +84,7 @@ def write_artefact(
         folder, fingerprint="0123abcd", rows=len(rows), class_names=names, flip=flip, latent=latent, grid=GRID, vision=vision, selection=chosen,
         data={"source": "parquet", "path": "/data/cifar10", "image_size": 32, "channels": 3},
         vae={"path": str(vae), "subfolder": "", "precision": "fp32", "device_batch": DEVICE_BATCH} if vae else None,
-        text={
-            "encoder": "minilm", "weights": frozen.file_hash(frozen.weights_file("minilm")), "width": 384, "tokens": 8,
-            "template": "a photo of a {name}", "precision": "fp32", "device_batch": 8,
-        } if text else None,
+        text=encoders_of_text.facts(words) if text else None,
         cost_seconds={"teacher": 3600.0, "score": 120.5, "select": 0.4, "attach": 61.0},
         versions={"python": "3.11", "pillow": PIL.__version__, "commit": "abc1234"},
     )  # fmt: skip
@@ -342,9 +317,9 @@ def test_flips_are_judged_where_the_encoder_is_not_at_hand(copy: Path, monkeypat
     with_provenance(copy, lambda stated: stated["vision"]["vision"].update(encoder="/nowhere/dinov2"))
     found = verify.check(copy)
     assert found.faults == []
-    assert found.notes == [
-        "'vision' and its flips (/nowhere/dinov2) were not encoded anew: '/nowhere/dinov2' is neither a folder here nor in the hub's cache"
-    ]
+    (note,) = found.notes
+    said = "'vision' and its flips (/nowhere/dinov2) were not encoded anew: attach.vision.encoder=/nowhere/dinov2: there is no such folder"
+    assert note.startswith(said)
 
     def jitter(tokens: np.ndarray) -> None:
         tokens[:, 1] = np.clip(tokens[:, 0] + np.random.default_rng(0).choice([-1, 1], tokens[:, 0].shape), -127, 127)

@@ -44,13 +44,20 @@ def real_rows(cifar10: Path, count: int) -> tuple[pa.Table, DataConfig]:
     return units.decode_rows(table.slice(0, count), data, options, keep_bytes=True)[0], data
 
 
-def write(folder: Path, rows: pa.Table, **options: object) -> None:
-    """Two parts and the mark of a finished stage."""
-    options = {"vae": None, "vision": None, "grid": 4, "flip": True, "storage": "int8", "keep_images": True, **options}
+def write(
+    folder: Path, rows: pa.Table, vae: frozen.Vae | None = None, vision: frozen.VisionEncoder | None = None, storage: str = "int8"
+) -> None:
+    """Two parts, both flips on a grid of 4 x 4, and the mark of a finished stage."""
     half = len(rows) // 2
     for index, part in enumerate((rows.slice(0, half), rows.slice(half))):
-        attached.write_part(folder / f"part-{index:06d}.parquet", part, torch.from_numpy(units.pixels_of(part)), [], **options)  # type: ignore[arg-type]
-    facts = {"class_names": [str(i) for i in range(10)], "flip": options["flip"], "latent": {"kind": "pixels"}, "fingerprint": folder.name}
+        pixels = torch.from_numpy(units.pixels_of(part))
+        if vae is not None:
+            part = attached.add(part.drop_columns("pixels"), attached.latents(pixels, vae, True))
+        if vision is not None:
+            found, cosine = attached.tokens(pixels, vision, 4, True, storage == "int8", "vision", 4)
+            part = attached.add(part, found, {"vision": cosine})
+        attached.write(folder / f"part-{index:06d}.parquet", part, {"rejected": []}, [str(i) for i in range(10)])
+    facts = {"class_names": [str(i) for i in range(10)], "flip": True, "latent": {"kind": "pixels"}, "fingerprint": folder.name}
     (folder / "_SUCCESS.json").write_text(json.dumps({"facts": facts}))
 
 
@@ -93,7 +100,7 @@ def test_parquet_is_readable_without_this_package(cifar10: Path, tmp_path: Path)
     shape = json.loads(field.metadata[b"shape"])
     first = np.frombuffer(table.column("pixels")[0].as_py(), field.metadata[b"dtype"].decode()).reshape(shape)
     assert np.array_equal(first, units.pixels_of(rows)[0])
-    assert table.column("image")[0].as_py()[:2] == b"\xff\xd8", "the encoded bytes as the source had them"
+    assert table.column("image")[0].as_py()["bytes"][:2] == b"\xff\xd8", "the encoded bytes as the source had them"
 
 
 def test_cache_is_built_once_and_dropped(cifar10: Path, tmp_path: Path) -> None:
