@@ -14,6 +14,7 @@ from PIL import Image
 from d2c_ray.config import DataConfig
 from d2c_ray.data import provenance, tables
 from d2c_ray.data.decode import decode
+from d2c_ray.plan import READS
 from d2c_ray.progress import clock
 from d2c_ray.report import contact_sheet
 from d2c_ray.rundir import write_bytes, write_text
@@ -215,7 +216,8 @@ def _chosen(selection: dict[str, Any]) -> str:
 
 def _settings(selection: dict[str, Any]) -> list[tuple[str, str]]:
     """The selector's settings and facts, as they were recorded."""
-    hidden = ("selector", "scores", "features", "teacher", "images", "transport", "notices", "k" if not selection.get("k") else "")
+    others = {name for names in READS.values() for name in names} - set(READS.get(selection.get("selector", ""), ()))
+    hidden = ("selector", "scores", "features", "teacher", "images", "transport", "notices", *others, "k" if not selection.get("k") else "")
     plain = [(name, value) for name, value in selection.items() if name not in hidden and isinstance(value, (str, int, float))]
     return [(code(name), text(f"{value:.6g}" if isinstance(value, float) else value)) for name, value in plain]
 
