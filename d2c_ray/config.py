@@ -188,6 +188,11 @@ class AttachConfig:
         return {name: vision for name, vision in every.items() if vision.encoder != "none"}
 
 
+def encoder_key(column: str) -> str:
+    """Where the configuration speaks of the vision encoder of a column."""
+    return "attach.vision" if column == "vision" else f"attach.also.{column.removeprefix('vision_')}"
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     num_images: int = 50_000
@@ -533,6 +538,11 @@ def _check_vision(config: Config) -> None:
                 "a distance in its features would flatter them. Take another, for example efficientnet-lite2."
             )
     _check_encoder("attach.text.encoder", attach.text.encoder, ["none", "minilm"])
+    active = [column.removeprefix("vision_") for column in attach.encoders()]
+    if active and "vision" not in active and not train.align_with and train.align_weight > 0:
+        raise UserError(
+            f"train.align_with is empty, which aligns with attach.vision, and that is off; name one of attach.also ({', '.join(active)}), or set train.align_weight=0."
+        )
     if train.align_with and f"vision_{train.align_with}" not in attach.encoders():
         known = [name for name in attach.also if f"vision_{name}" in attach.encoders()]
         raise UserError(

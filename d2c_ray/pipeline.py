@@ -130,7 +130,7 @@ def _schedule(waiting: list[Node], running: dict["Future[float]", tuple[Node, in
     while waiting or running:
         ready = [node for node in waiting if all(given.dir.done for given in node.inputs.values())]
         for index, node in enumerate(ready):
-            wanted = _workers(node) or max(1, free // (len(ready) - index))
+            wanted = _workers(node) or max(_least(node), free // (len(ready) - index))
             # What wants more places than there are runs alone rather than never.
             if wanted <= free or not running:
                 free -= wanted
@@ -159,6 +159,15 @@ def _workers(node: Node) -> int:
     """Places a training takes; 0 for a stage that takes what it gets."""
     knob = WORKERS_OF.get(node.stage)
     return getattr(node.config.resources, knob) if knob else 0
+
+
+def _least(node: Node) -> int:
+    """The fewest places a stage can work on: pools one behind the other want an actor each, or two stages wait for each other's."""
+    if node.stage != "attach":
+        return 1
+    from d2c_ray.distributed import attach
+
+    return attach.pools(node.config)
 
 
 def _title(node: Node, status: "Status") -> str:

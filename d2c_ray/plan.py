@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from d2c_ray.config import FEATURE_SELECTORS, Config, arm_configs, to_dict
+from d2c_ray.config import FEATURE_SELECTORS, Config, arm_configs, encoder_key, to_dict
 from d2c_ray.data import manifest
 from d2c_ray.errors import UserError
 from d2c_ray.models import frozen, hub, latents, teachers, text, vision
@@ -212,7 +212,7 @@ def _attach(config: Config) -> dict[str, Any]:
         # By what the weights are, not by where they lie.
         "text": _without_name(text.facts(options.text)) if options.text.encoder != "none" else None,
         "vision": {
-            column: {**_without_name(vision.facts(own, grid, _key(column))), "storage": own.storage}
+            column: {**_without_name(vision.facts(own, grid, encoder_key(column))), "storage": own.storage}
             for column, own in options.encoders().items()
         },
     }
@@ -220,11 +220,6 @@ def _attach(config: Config) -> dict[str, Any]:
 
 def _without_name(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if name != "encoder"}
-
-
-def _key(column: str) -> str:
-    """Where the configuration speaks of the encoder of a column."""
-    return "attach.vision" if column == "vision" else f"attach.also.{column.removeprefix('vision_')}"
 
 
 def _train(config: Config) -> dict[str, Any]:

@@ -161,6 +161,33 @@ def test_parts_of_other_hardware_are_refused(again, local_ray: None) -> None:
         attached(config)
 
 
+def test_an_image_that_can_be_read_again_is_attached_to(whole, again, local_ray: None) -> None:
+    """A part that says what could not be read when it was made, and one that a power cut left empty, are made anew."""
+    config, folder = again(keep=True)
+    first, second = folder.parts()[:2]
+    gone = [{"key": "a", "uri": "b", "reason": "there is no such file"}]
+    tables.write(first, pq.read_table(first).slice(1), {**tables.metadata(first), "rejected": gone})
+    second.write_bytes(b"")
+    (folder.path / ".part-000003.parquet.x").write_bytes(b"half")
+    attached(config)
+    assert content(folder) == content(whole[1])
+    assert not list(folder.path.glob(".*"))
+
+
+def test_other_weights_than_planned_are_refused(whole) -> None:
+    config, folder = whole
+    encoders = config.attach.encoders()
+    given = {
+        "encoders": ("vision",), "writes": True, "out": "", "vae": config.vae, "vision": encoders, "int8": {}, "grid": GRID, "flip": True,
+        "latents": "", "latents_device": "", "class_names": None, "device": "cpu", "threads": 1,
+    }  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"attach\.vision\.encoder: the weights on this node \(\w+\) are not those that were planned with \(0123\)"
+    ):
+        Attacher(**given, weights={"vision": "0123"})
+    Attacher(**given, weights={"vision": folder.success()["facts"]["vision"]["vision"]["weights"]})
+
+
 def test_an_actor_killed_while_it_attaches_costs_nothing(
     whole,
     again,

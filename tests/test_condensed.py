@@ -79,6 +79,38 @@ def test_tokens_read_back_equal_a_fresh_encoding_of_both_flips(cifar10: Path, tm
     assert opened.labels.tolist() == rows.column("label").to_pylist()
 
 
+class Given:
+    """An encoder that says what it is told."""
+
+    width = 4
+
+    def __init__(self, tokens: torch.Tensor):
+        self.given = tokens
+
+    def tokens(self, pixels: torch.Tensor, side: int) -> torch.Tensor:
+        return self.given[pixels[:, 0, 0, 0].long()]
+
+
+def test_tokens_that_are_no_numbers_are_refused_wherever_they_come() -> None:
+    pixels = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 2, 2, 3)
+    tokens = torch.randn(6, 1, 4)
+    attached.tokens(pixels, Given(tokens), 1, True, True, "vision", 2)
+    for row in (0, 5):
+        bad = tokens.clone()
+        bad[row, 0, 1] = float("nan")
+        with pytest.raises(UserError, match=r"attach\.also\.large are not finite for 1 of 2 images; attach\.also\.large\.precision=fp32"):
+            attached.tokens(pixels, Given(bad), 1, True, True, "vision_large", 2)
+    with pytest.raises(UserError, match=r"posterior \(latent_std\) are not finite for 1 of 6 images; vae\.precision=fp32"):
+        attached.halved(torch.zeros(6, 2), torch.tensor([0.0] * 5 + [1e6])[:, None].expand(6, 2))
+
+
+def test_a_token_of_zeros_loses_nothing() -> None:
+    pixels = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+    found, cosine = attached.tokens(pixels, Given(torch.zeros(1, 1, 4)), 1, False, True, "vision", 1)
+    assert cosine == 1.0
+    assert not found["vision"].any()
+
+
 def test_latents_read_back_equal_a_fresh_encoding(cifar10: Path, tmp_path: Path, tiny_vae: Path) -> None:
     rows, _ = real_rows(cifar10, 6)
     vae = frozen.Vae(VaeConfig(path=str(tiny_vae), device_batch=4), CPU)

@@ -5,6 +5,7 @@ a Parquet part of the result. Legend: N images, F flips kept, L tokens, V vision
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2c_ray import schema
+from d2c_ray.config import encoder_key
 from d2c_ray.data import tables
 from d2c_ray.data.latent_cache import Latents
 from d2c_ray.data.provenance import hub_features
+from d2c_ray.errors import UserError
 from d2c_ray.models.frozen import Vae, quantise
 from d2c_ray.training.batches import dequantise
 
@@ -53,9 +56,21 @@ def posterior(pixels: Tensor, vae: Vae, flip: bool) -> tuple[Tensor, Tensor]:
 
 
 def latents(pixels: Tensor, vae: Vae, flip: bool) -> Latents:
-    """`posterior` as it is stored: 'latent_mean' and 'latent_std', float16."""
+    """`posterior` as it is stored: 'latent_mean' and 'latent_std', float16.
+
+    Raises:
+        UserError: numbers that are not finite, or become so in float16.
+    """
     mean, std = posterior(pixels, vae, flip)
-    return {"latent_mean": mean.half().numpy(), "latent_std": std.half().numpy()}
+    return halved(mean, std)
+
+
+def halved(mean: Tensor, std: Tensor) -> Latents:
+    """Posteriors as they are stored; raises as `latents` does."""
+    found = {"latent_mean": mean.half(), "latent_std": std.half()}
+    for name, values in found.items():
+        _check_finite(values, f"the VAE's posterior ({name})", "vae.precision=fp32 would do, or another VAE")
+    return {name: values.numpy() for name, values in found.items()}
 
 
 def tokens(
@@ -73,11 +88,16 @@ def tokens(
     Returns:
         The columns, N x F x L x V int8 (or uint16 that holds bf16) and N x F float32 scales a token; and the smallest
         cosine of a stored token to the encoder's own in bf16, None for no image.
+
+    Raises:
+        UserError: tokens that are not finite.
     """
     stored: dict[str, list[np.ndarray]] = {}
     least = None
     for chunk in torch.split(pixels, at_once) if len(pixels) else [pixels]:
         fresh = torch.stack([encoder.tokens(side, grid) for side in _sides(chunk, flip)], 1)  # n x F x L x V
+        key = encoder_key(column)
+        _check_finite(fresh, f"the tokens of {key}", f"{key}.precision=fp32 would do, or another encoder")
         if int8:
             found = dict(zip((column, f"{column}_scale"), quantise(fresh.numpy()), strict=True))
         else:
@@ -86,19 +106,22 @@ def tokens(
             stored.setdefault(name, []).append(values)
         if len(chunk):
             kept = dequantise(found[column], found.get(f"{column}_scale"))
-            cosine = float(F.cosine_similarity(kept, fresh.bfloat16().float(), dim=-1).min())
+            same = (kept == fresh).all(-1)  # a token of zeros has no direction, and none to lose
+            cosine = float(torch.where(same, 1.0, F.cosine_similarity(kept, fresh.bfloat16().float(), dim=-1)).min())
             least = cosine if least is None else min(least, cosine)
     return {name: np.concatenate(values) for name, values in stored.items()}, least
 
 
-def add(table: pa.Table, tensors: dict[str, np.ndarray], cosine: dict[str, float | None] | None = None) -> pa.Table:
-    """The table with tensor columns appended; their cosines travel in its metadata until it is written."""
+def add(
+    table: pa.Table, tensors: dict[str, np.ndarray], cosine: dict[str, float | None] | None = None, devices: Sequence[str] = ()
+) -> pa.Table:
+    """The table with tensor columns appended; their cosines, and what they were made on, travel in its metadata until it is written."""
     kinds = {name: (str(values.dtype), values.shape[1:]) for name, values in tensors.items()}
     fields = tables.arrow_schema(dict.fromkeys(tensors, "tensor"), kinds)
     for name, values in tensors.items():
         table = table.append_column(fields.field(name), tables.tensor_column(values))
-    known = {**_cosine(table), **(cosine or {})}
-    return table.replace_schema_metadata({**(table.schema.metadata or {}), b"cosine": json.dumps(known).encode()})
+    known = {"cosine": {**_told(table)["cosine"], **(cosine or {})}, "devices": sorted({*_told(table)["devices"], *devices})}
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), b"attached": json.dumps(known).encode()})
 
 
 def write(path: Path, table: pa.Table, facts: dict[str, Any], class_names: list[str] | None = None) -> dict[str, Any]:
@@ -110,9 +133,9 @@ def write(path: Path, table: pa.Table, facts: dict[str, Any], class_names: list[
         class_names: of a part that ships, which then says what dataset hubs read.
 
     Returns:
-        `facts` with the rows and the smallest cosine of every token column.
+        `facts` with the rows, the smallest cosine of every token column, and the `device` that made it, several joined.
     """
-    facts = {"rows": len(table), **facts, "cosine": _cosine(table)}
+    facts = {"rows": len(table), **facts, "cosine": _told(table)["cosine"], "device": " + ".join(_told(table)["devices"])}
     names = [name for name in schema.CONDENSED if name in table.column_names]
     names += [name for name in table.column_names if name.startswith("vision")]
     columns, fields = [], []
@@ -150,9 +173,24 @@ def write_classes(path: Path, names: list[str], prompts: list[str], text: tuple[
     tables.write(path, pa.table([columns[name] for name in fields.names], schema=fields), {})
 
 
+def check_weights(key: str, found: str, planned: str) -> None:
+    """Refuses to encode with other weights than those that the folder is named by."""
+    if found != planned:
+        raise UserError(
+            f"{key}: the weights on this node ({found}) are not those that were planned with ({planned}): another snapshot of the same name? "
+            "The same folder or snapshot on every node would do."
+        )
+
+
+def _check_finite(values: Tensor, what: str, would: str) -> None:
+    bad = int((~torch.isfinite(values.flatten(1)).all(1)).sum())
+    if bad:
+        raise UserError(f"attach: {what} are not finite for {bad} of {len(values)} images; {would}.")
+
+
 def _sides(pixels: Tensor, flip: bool) -> list[Tensor]:
     return [pixels, pixels.flip(2)] if flip else [pixels]
 
 
-def _cosine(table: pa.Table) -> dict[str, float | None]:
-    return json.loads((table.schema.metadata or {}).get(b"cosine", b"{}"))
+def _told(table: pa.Table) -> dict[str, Any]:
+    return json.loads((table.schema.metadata or {}).get(b"attached", b'{"cosine": {}, "devices": []}'))

@@ -15,7 +15,17 @@ import pyarrow as pa
 import torch
 from ray.util import metrics
 
-from d2c_ray.config import DataConfig, EmbedConfig, EvaluateConfig, SampleConfig, ScoreConfig, StorageConfig, VaeConfig, VisionConfig
+from d2c_ray.config import (
+    DataConfig,
+    EmbedConfig,
+    EvaluateConfig,
+    SampleConfig,
+    ScoreConfig,
+    StorageConfig,
+    VaeConfig,
+    VisionConfig,
+    encoder_key,
+)
 from d2c_ray.data import attached, latent_cache, tables, units
 from d2c_ray.data.decode import decode, encode_png
 from d2c_ray.distributed.ingest import pack, unpack
@@ -58,7 +68,7 @@ class Scorer:
         noise = torch.from_numpy(tables.tensor_values(table, "noise"))  # as it lies in the object store: only read
         if self.vae is not None and self.latents is not None:
             mean, std = attached.posterior(pixels, self.vae, self.flip)
-            latent_cache.write(self.latents, table, {"latent_mean": mean.half().numpy(), "latent_std": std.half().numpy()})
+            latent_cache.write(self.latents, table, attached.halved(mean, std))
             z = attached.scaled(mean[:, 0], self.vae)
         else:
             z = attached.model_input(pixels, self.vae)
@@ -155,6 +165,8 @@ class Attacher:
         grid: int,
         flip: bool,
         latents: str,
+        latents_device: str,
+        weights: dict[str, str],
         class_names: list[str] | None,
         device: str,
         threads: int,
@@ -165,16 +177,24 @@ class Attacher:
             writes: the rows as a part under `out`; otherwise they go on with what was added.
             int8: by column, whether tokens are stored in int8.
             grid: side of the student's token grid.
-            latents: folder of latents that scoring kept; empty: encode.
+            latents: folder of latents that scoring kept, on `latents_device`; empty: encode.
+            weights: hashes of the encoders' weights as planned: a node may hold another snapshot of a hub name.
             class_names: of parts that ship; None: of a teacher's.
         """
         torch.set_num_threads(threads)
         target = torch.device(device)
         self.writes, self.out, self.class_names, self.hardware = writes, Path(out), class_names, hardware(target)
         self.grid, self.flip, self.int8, self.options = grid, flip, int8, vision
-        self.latents = Path(latents) if latents else None
-        self.vae = frozen.Vae(vae, target) if "latent" in encoders else None
-        self.vision = {column: encoders_of_images.load(vision[column], grid, target) for column in encoders if column != "latent"}
+        self.latents, self.latents_device = Path(latents) if latents else None, latents_device
+        self.vae, self.vision = None, {}
+        for column in encoders:
+            if column == "latent":
+                attached.check_weights("vae.path", frozen.encoder_hash(vae.path, vae.subfolder), weights[column])
+                self.vae = frozen.Vae(vae, target)
+            else:
+                key = encoder_key(column)
+                attached.check_weights(f"{key}.encoder", encoders_of_images.facts(vision[column], grid, key)["weights"], weights[column])
+                self.vision[column] = encoders_of_images.load(vision[column], grid, target, key)
         self.clock = Clock(self.hardware, "attached", "attaching")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -185,7 +205,7 @@ class Attacher:
         if not self.writes:
             return pack(unit, table)
         storage = {column: "int8" if int8 else "bf16" for column, int8 in self.int8.items()}
-        facts = {"rejected": json.loads(table.schema.metadata[b"rejected"]), "device": self.hardware, "storage": storage}
+        facts = {"rejected": json.loads(table.schema.metadata[b"rejected"]), "storage": storage}
         # Of the latents' images nothing is kept but their encoded bytes.
         kept = table.drop_columns("pixels") if "latent_mean" in table.column_names else table
         facts = attached.write(self.out / f"part-{json.loads(unit)['unit']:06d}.parquet", kept, facts, self.class_names)
@@ -195,12 +215,13 @@ class Attacher:
         pixels = torch.from_numpy(units.pixels_of(table))
         if self.vae is not None:
             kept = latent_cache.read(self.latents, table) if self.latents else None
-            table = attached.add(table, kept or attached.latents(pixels, self.vae, self.flip))
+            found = kept or attached.latents(pixels, self.vae, self.flip)
+            table = attached.add(table, found, devices=[self.latents_device if kept else self.hardware])
         for column, encoder in self.vision.items():
             found, cosine = attached.tokens(
                 pixels, encoder, self.grid, self.flip, self.int8[column], column, self.options[column].device_batch
             )
-            table = attached.add(table, found, {column: cosine})
+            table = attached.add(table, found, {column: cosine}, [self.hardware])
         return table
 
 

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 
-from d2c_ray.config import Config, TextConfig, VisionConfig
+from d2c_ray.config import Config, TextConfig, VisionConfig, encoder_key
 from d2c_ray.data import tables, units
-from d2c_ray.data.attached import FAITHFUL
+from d2c_ray.data.attached import FAITHFUL, check_weights
 from d2c_ray.distributed.actors import Attacher, Busy
 from d2c_ray.distributed.cluster import Share
 from d2c_ray.distributed.ingest import stream
 from d2c_ray.errors import UserError
-from d2c_ray.models import text
+from d2c_ray.models import frozen, text
+from d2c_ray.models import vision as encoders_of_images
 from d2c_ray.progress import Progress
 from d2c_ray.rejects import Rejects
 from d2c_ray.rundir import write_json
@@ -47,7 +49,7 @@ def attach(
     progress: Progress,
     rows_per_part: int,
     keep_images: bool,
-    latents: Path | None = None,
+    latents: tuple[Path, str] | None = None,
     class_names: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Attaches to every row of manifest-shaped files; parts that are there already stay.
@@ -57,7 +59,7 @@ def attach(
         rows: manifest files, or a file of selected manifest rows.
         grid: side of the student's token grid.
         keep_images: keep the images' encoded bytes too.
-        latents: where scoring kept latents, which need not be made again.
+        latents: where scoring kept latents, which need not be made again, and what they were made on.
         class_names: of a table that ships; None: of a teacher's.
 
     Returns:
@@ -67,6 +69,9 @@ def attach(
         UserError: too many images cannot be decoded, the storage does not answer, other hardware than before, or actors
             that cannot load.
     """
+    weights = {column: encoders_of_images.facts(options, grid, encoder_key(column))["weights"] for column, options in vision.items()}
+    if config.vae.path:
+        weights["latent"] = frozen.encoder_hash(config.vae.path, config.vae.subfolder)
     while True:
         rejects.rows.clear()
         progress.at(0)
@@ -74,7 +79,8 @@ def attach(
         int8 = {column: options.storage != "bf16" and column not in wide for column, options in vision.items()}
         arguments = {
             "out": str(out), "vae": config.vae, "vision": vision, "int8": int8, "grid": grid, "flip": config.data.flip,
-            "latents": str(latents or ""), "class_names": class_names, "device": share.device, "threads": share.threads,
+            "latents": str(latents[0]) if latents else "", "latents_device": latents[1] if latents else "",
+            "weights": weights, "class_names": class_names, "device": share.device, "threads": share.threads,
         }  # fmt: skip
         try:
             parts = _attach(config, _chain(config, vision, arguments), rows, out, share, rejects, progress, rows_per_part, keep_images)
@@ -85,6 +91,14 @@ def attach(
             continue
         if all(_fits(facts, int8) for facts in parts):  # no actor of the attempt before wrote a last part
             return parts
+
+
+def _there(part: Path) -> dict[str, Any] | None:
+    """The facts of a part that is there and can be read: a machine that lost power may leave half of one."""
+    try:
+        return tables.metadata(part)
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        return None
 
 
 def _fits(facts: dict[str, Any], int8: dict[str, bool]) -> bool:
@@ -142,7 +156,9 @@ def _attach(
         progress.advance(unit["stop"] - unit["start"], note)
 
     for unit in todo:
-        if parts[unit["unit"]].is_file() and _fits(tables.metadata(parts[unit["unit"]]), chain[0]["int8"]):
+        facts = _there(parts[unit["unit"]])
+        # What could not be read may be there again now; a table that ships holds all that was chosen.
+        if facts and _fits(facts, chain[0]["int8"]) and not (chain[0]["class_names"] is not None and facts["rejected"]):
             take(unit)
         else:
             work.append(unit)
@@ -161,7 +177,7 @@ def start_text(options: TextConfig, prompts: list[str], share: Share) -> Callabl
         A function that waits for states and mask, as `models.text.encode` gives them, and for the prompts that were cut.
     """
     task: Any = ray.remote(num_cpus=1, num_gpus=share.gpus_per_actor, max_retries=3)(_encode_text)
-    pending = task.remote(options, prompts, share.device, share.threads)
+    pending = task.remote(options, prompts, text.facts(options)["weights"], share.device, share.threads)
 
     def finish() -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         states, mask, cut = ray.get(pending)
@@ -170,7 +186,10 @@ def start_text(options: TextConfig, prompts: list[str], share: Share) -> Callabl
     return finish
 
 
-def _encode_text(options: TextConfig, prompts: list[str], device: str, threads: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _encode_text(
+    options: TextConfig, prompts: list[str], weights: str, device: str, threads: int
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     torch.set_num_threads(threads)
+    check_weights(text.KEY, text.facts(options)["weights"], weights)
     states, mask = text.encode(options, prompts, torch.device(device))
     return states.numpy(), mask.numpy(), text.cut(options, prompts)

@@ -50,7 +50,7 @@ def encode(options: TextConfig, prompts: list[str], device: torch.device) -> tup
         N x tokens x width float32 and N x tokens int64, on the CPU.
 
     Raises:
-        UserError: no such encoder, or one that cannot be loaded.
+        UserError: no such encoder, one that cannot be loaded, or states that are not finite.
     """
     folder, config = _folder(options)
     encoded = _tokenize(folder, prompts, padding="max_length", truncation=True, max_length=options.tokens, return_tensors="pt")
@@ -62,6 +62,10 @@ def encode(options: TextConfig, prompts: list[str], device: torch.device) -> tup
 
     with torch.inference_mode():
         states = frozen.in_batches(run, options.device_batch, encoded["input_ids"], encoded["attention_mask"])
+    if not torch.isfinite(states).all():  # T5 overflows in fp16
+        raise UserError(
+            f"{KEY}={options.encoder}: its states are not finite in {options.precision}; attach.text.precision=fp32 or bf16 would do."
+        )
     return states, encoded["attention_mask"]
 
 

@@ -1,14 +1,17 @@
 """attach: the condensed dataset, the chosen images with their text states, vision tokens and latents."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2c_ray.data import attached, condensed, provenance, tables
+from d2c_ray.config import encoder_key
+from d2c_ray.data import attached, condensed, provenance, storage, tables
 from d2c_ray.distributed import attach, cluster
 from d2c_ray.distributed.score import LATENTS
 from d2c_ray.errors import UserError
@@ -32,27 +35,33 @@ def run(job: Job) -> Result:
 
     latent = latents.latent_facts(config)
     grid = latents.grid_side(latent, config.model)
-    kept = job.inputs["score"].path / LATENTS if "score" in job.inputs else None
+    for stale in job.out.glob(".*"):  # what a killed process was writing
+        stale.unlink(missing_ok=True)
     rejects = Rejects("attach", len(rows), 1.0)
     with job.progress(len(rows)) as progress:
         parts = attach.attach(
             config, options.encoders(), [job.out / ROWS], grid, job.out, share, rejects, progress, options.rows_per_part,
-            keep_images=True, latents=kept if kept and kept.is_dir() else None, class_names=names,
+            keep_images=True, latents=_kept(job), class_names=names,
         )  # fmt: skip
     write_classes()
     rejects.write(job.out)
+    shutil.rmtree(job.out / "loading", ignore_errors=True)
     if rejects.rows:
         row = rejects.rows[0]
         raise UserError(
             f"attach: {len(rejects.rows)} chosen images can no longer be read, the first {row['key']}: {row['reason']}. They were readable when they were scored; has the source changed?"
         )
     shown = {
-        column: {**vision.facts(own, grid), "storage": parts[0]["storage"][column], "cosine_min": _least(parts, column)}
+        column: {
+            **vision.facts(own, grid, encoder_key(column)),
+            "storage": parts[0]["storage"][column],
+            "cosine_min": _least(parts, column),
+        }
         for column, own in options.encoders().items()
     }
     told = provenance.write(
         job.out, fingerprint=job.fingerprint, rows=len(rows), class_names=names,
-        data={"source": config.data.source, "path": config.data.path, "image_size": config.data.image_size, "channels": config.data.channels},
+        data={"source": config.data.source, "path": _source(config.data.path), "image_size": config.data.image_size, "channels": config.data.channels},
         flip=config.data.flip, latent=latent, vae=_vae(job), grid=grid, text=text.facts(options.text) if options.text.encoder != "none" else None,
         vision=shown, selection=job.facts("select"), cost_seconds=_costs(job), versions=versions(),
     )  # fmt: skip
@@ -95,6 +104,17 @@ def _classes(job: Job, names: list[str], share: cluster.Share) -> Callable[[], N
             print(f"d2c: attach: {words}", file=sys.stderr, flush=True)
 
     return finish
+
+
+def _kept(job: Job) -> tuple[Path, str] | None:
+    """Where scoring kept latents, and on what it made them."""
+    folder = job.inputs["score"].path / LATENTS if "score" in job.inputs else None
+    return (folder, tables.metadata(job.inputs["score"].parts()[0])["device"]) if folder and folder.is_dir() else None
+
+
+def _source(path: str) -> str:
+    """Where the images came from; of a disk of the maker's the last part alone, since the record is to be shared."""
+    return path if storage.is_remote(path) else Path(path).name
 
 
 def _least(parts: list[dict[str, Any]], column: str) -> float | None:

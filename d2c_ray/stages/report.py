@@ -8,10 +8,10 @@ from d2c_ray.report import card, html
 
 def run(plan: Plan) -> bool:
     """Writes the report unless the one that is there shows the same folders; says whether it did."""
-    if html.is_current(plan):
-        return False
     for node in plan.of("attach"):
         students = {arm: plan.arms[arm]["evaluate"].folder for arm in node.arms}
         card.update(node.folder, {arm: json.loads((folder / "metrics.json").read_text()) for arm, folder in students.items()})
+    if html.is_current(plan):
+        return False
     html.write(plan)
     return True
