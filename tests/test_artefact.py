@@ -20,9 +20,9 @@ from conftest import ROOT
 
 from d2c_ray import schema
 from d2c_ray.config import DataConfig, StorageConfig, TextConfig, VaeConfig, VisionConfig
-from d2c_ray.data import attached, decode, export, manifest, provenance, tables, units, verify
+from d2c_ray.data import at_hand, attached, decode, export, manifest, provenance, tables, units, verify
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen
+from d2c_ray.models import frozen, hub
 from d2c_ray.models import text as encoders_of_text
 from d2c_ray.models import vision as encoders_of_images
 from d2c_ray.report import card
@@ -186,7 +186,7 @@ def test_good_artefacts_pass_and_say_what_was_looked_at(made: Path, made_with_va
     assert (found.faults, found.decoded) == ([], 5)
     found = verify.check(made_with_vae)
     few = "images are too few to see by themselves whether their flips are right"
-    assert (found.faults, found.notes) == ([], [f"'latent_mean': 12 {few}", f"'vision': 12 {few}"])
+    assert (found.faults, found.notes) == ([], [f"'{column}': 12 {few}" for column in ("latent_mean", "latent_std", "vision")])
     assert len(found.encoders) == 3
     said: list[str] = []
     assert verify.verify(made_plain, say=said.append) == []
@@ -239,6 +239,10 @@ INSIDE: dict[str, tuple[Callable[[Path], None], str]] = {
     "positions": (lambda f: rewrite(f / "selection.parquet", with_column("position", lambda v: [7, *v[1:]])), r"selection\.parquet: column 'position': those of label 1"),
     "a class less": (lambda f: rewrite(f / "classes.parquet", lambda t: t.slice(0, 9)), r"classes\.parquet: column 'label': 9 rows, which are not 0 to 9"),
     "another name": (lambda f: rewrite(f / "classes.parquet", with_column("name", lambda v: [*v[:3], "lion", *v[4:]])), r"classes\.parquet: column 'name': row 3 is 'lion', provenance\.json says 'cat'"),
+    "another prompt": (
+        lambda f: rewrite(f / "classes.parquet", with_column("prompt", lambda v: [*v[:3], "a lion", *v[4:]])),
+        r"classes\.parquet: column 'prompt': row 3 \(key 'cat'\): is not the template 'a photo of a \{name\}', filled in",
+    ),
     "no text left": (lambda f: rewrite(f / "classes.parquet", with_values("text_mask", lambda v: v[4].fill(0))), r"column 'text_mask': row 4 \(key 'deer'\): no token is left"),
     "text of another class": (
         lambda f: rewrite(f / "classes.parquet", with_values("text_states", lambda v: v.__setitem__(2, v[3].copy()))),
@@ -394,9 +398,107 @@ def test_a_vae_that_is_not_at_hand_is_a_note(made_with_vae: Path, tmp_path: Path
     with_provenance(folder, lambda stated: stated["vae"].update(path="somebody/vae"))
     found = verify.check(folder)
     assert found.faults == []
-    assert [note for note in found.notes if "latents" in note] == [
-        "the latents were not encoded anew: 'somebody/vae' is neither a folder here nor in the hub's cache"
-    ]
+    (note,) = [note for note in found.notes if "latents" in note]
+    assert note.startswith("the latents were not encoded anew: vae.path=somebody/vae: ")
+
+
+def test_a_vae_is_looked_for_here_alone(made_with_vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = []
+
+    def load(options: VaeConfig) -> None:
+        local.append(hub._only_local.get())
+        raise UserError("not here")
+
+    monkeypatch.setattr(frozen, "_load_vae", load)
+    with pytest.raises(UserError, match="not here"):
+        at_hand.vae({"vae": {"path": "somebody/vae", "subfolder": "", "precision": "fp32", "device_batch": 8}})
+    assert local == [True]
+
+
+def test_a_stranger_does_not_decide_how_much_memory_is_taken() -> None:
+    assert [at_hand._device_batch({"device_batch": batch}) for batch in (-1, 8, 10**9)] == [1, 8, 1024]
+    from io import BytesIO
+
+    from PIL import Image
+
+    large = BytesIO()
+    Image.new("1", (DataConfig.max_pixels // 10_000 + 1, 10_000)).save(large, "PNG")
+    for most in (10**12, "many"):
+        with pytest.raises(decode.Undecodable, match=f"max_pixels={DataConfig.max_pixels} "):
+            verify._decode(large.getvalue(), {"image_size": 32, "channels": 3, "max_pixels": most})
+
+
+def test_rows_looked_at_do_not_keep_their_batch_in_memory(made: Path) -> None:
+    table = pq.read_table(made / PART, partitioning=None)
+    sample = verify._Sample(provenance.read(made), verify.Findings(), {3})
+    sample.add(PART, table, 0, 0)
+    (held,) = sample.held
+    assert held[4].get_total_buffer_size() < 2 * table.nbytes / len(table)
+
+
+def test_batches_are_bounded_in_bytes(tmp_path: Path) -> None:
+    values = np.zeros((300, 1 << 19), np.uint8)  # next to nothing in the file
+    tables.write(tmp_path / "x.parquet", pa.table({"x": tables.tensor_column(values)}))
+    with pq.ParquetFile(tmp_path / "x.parquet") as file:
+        assert verify._batch_rows(file) == 128
+    tables.write(tmp_path / "y.parquet", pa.table({"y": [np.random.default_rng(row).bytes(1 << 20) for row in range(8)]}))
+    with pq.ParquetFile(tmp_path / "y.parquet") as file:
+        assert 60 <= verify._batch_rows(file) <= 64
+
+
+def test_flips_of_deviations_are_judged(made_with_vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_JUDGED_ROWS", 8)
+    stated, whole = provenance.read(made_with_vae), pq.read_table(made_with_vae / "part-000000.parquet", partitioning=None)
+
+    def faults(change: Callable[[np.ndarray], None]) -> list[str]:
+        flips = verify._Flips(stated, verify.Findings())
+        flips.part("part")
+        flips.add(with_values("latent_std", change)(whole), 0)
+        flips.judge_all()
+        flips.part("")
+        return flips.found.faults
+
+    def plain(values: np.ndarray) -> None:
+        values[:, 1] = values[:, 0] * np.random.default_rng(0).choice([0.99, 1.01], values[:, 0].shape)
+
+    assert faults(lambda values: None) == []
+    assert faults(plain) == ["part: column 'latent_std': the second side does not look like the mirror image of the first"]
+    (fault,) = faults(lambda values: values.__setitem__((slice(None), 1), values[:, 0]))
+    assert "both sides are the same" in fault
+    assert faults(lambda values: values.fill(0.5)) == [], "a deviation may be the same all over"
+
+
+def no_text(values: list[str]) -> pa.Array:
+    """The first of them in bytes that are no UTF-8."""
+    return pa.array([b"\xff\xfe", *(value.encode() for value in values[1:])], pa.binary()).view(pa.string())
+
+
+@pytest.mark.parametrize(("name", "column"), [(PART, "key"), ("selection.parquet", "key"), ("classes.parquet", "name")])
+def test_text_that_is_none_is_a_fault(copy: Path, tmp_path: Path, name: str, column: str) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        index = table.column_names.index(column)
+        return table.set_column(index, table.schema.field(index), no_text(table.column(column).to_pylist()))
+
+    rewrite(copy / name, change)
+    take_stock(copy)
+    faults = verify.verify(copy, images=1, say=lambda _: None)
+    assert any(re.match(f"{name}: cannot be read .*UTF8", fault) for fault in faults), faults
+    if name == PART:
+        with pytest.raises(UserError, match=f"{PART}' cannot be read"):
+            export.export(copy, "ids", tmp_path / "ids.txt")
+
+
+def test_a_damaged_file_is_a_fault_wherever_it_is_damaged(made_plain: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made_plain, tmp_path / "copy"))
+    (folder / "part-000009.parquet").mkdir()
+    for name in (PART, "selection.parquet"):
+        good = (folder / name).read_bytes()
+        for place in np.random.default_rng(0).integers(4, len(good), 40).tolist():
+            bad = bytearray(good)
+            bad[place] ^= 0x55
+            (folder / name).write_bytes(bad)
+            assert any(fault.startswith(f"{name}: sha256") for fault in verify.check(folder, images=1).faults)
+        (folder / name).write_bytes(good)
 
 
 def test_a_provenance_that_attach_could_not_have_meant_is_not_written(tmp_path: Path) -> None:
@@ -404,8 +506,11 @@ def test_a_provenance_that_attach_could_not_have_meant_is_not_written(tmp_path: 
         provenance.write(tmp_path, rows=3)
     with pytest.raises(UserError, match="there is no such folder"):
         verify.verify(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="Copy it there first"):
-        provenance.read("s3://bucket/condensed-0123abcd")
+    for look in (provenance.read, verify.check, lambda folder: export.export(folder, "ids", tmp_path / "ids.txt")):
+        with pytest.raises(UserError, match=r"'s3://bucket/condensed-0123abcd': .* Copy it there first"):
+            look("s3://bucket/condensed-0123abcd")
+    with pytest.raises(UserError, match="are written to a local folder"):
+        export.export(tmp_path, "ids", "s3://bucket/ids.txt")
 
 
 def front_matter(card_text: str) -> dict[str, Any]:
@@ -463,6 +568,31 @@ def test_the_card_is_one_that_hubs_read(made: Path) -> None:
     (made / "examples.png").unlink()
     card.write(made, provenance.read(made))
     assert ((made / "README.md").read_text(), (made / "examples.png").read_bytes()) == before
+
+
+def test_the_card_does_not_say_where_things_lay_on_the_makers_disk(made_with_vae: Path) -> None:
+    stated = provenance.read(made_with_vae)
+    stated["text"]["encoder"], stated["vision"]["vision"]["encoder"] = "~/secret/t5", "facebook/dinov2-base"
+    shown = card.render(stated, [])
+    stated["command"] = (
+        "/home/secret/bin/d2c attach ../secret/a.yaml vae.path=/secret/vae attach.also='[{name: x, encoder: /secret/dino}]' "
+        "attach.text.encoder=google/flan-t5-xl data.path=~/secret/images"
+    )
+    for words in (shown, card.render(stated, [])):
+        assert "secret" not in words
+        assert str(Path(stated["vae"]["path"]).parent) not in words
+        assert "`facebook/dinov2-base`" in words
+    assert (
+        "d2c attach a.yaml vae.path=vae 'attach.also=[{name: x, encoder: dino}]' attach.text.encoder=google/flan-t5-xl data.path=images"
+        in words
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"), [(999, "n<1K"), (10**7, "10M<n<100M"), (10**8, "100M<n<1B"), (10**9, "1B<n<10B"), (10**12, "n>1T")]
+)
+def test_sizes_are_those_that_hubs_know(made: Path, rows: int, size: str) -> None:
+    assert front_matter(card.render({**provenance.read(made), "rows": rows}, []))["size_categories"] == [size]
 
 
 def test_numbers_come_with_their_record(copy: Path) -> None:
@@ -719,6 +849,29 @@ def test_images_of_every_format_and_keys_that_would_collide_or_leave_the_folder(
     with tarfile.open(tmp_path / "tars" / "000000.tar") as shard:
         members = shard.getnames()
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.[a-z]+", name) for name in members), members
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: (f / PART).unlink(), f"not complete: {PART} is missing"),
+        (lambda f: shutil.copy(f / PART, f / "part-000009.parquet"), "not complete: part-000009.parquet is not listed in provenance.json"),
+        (lambda f: rewrite(f / PART, lambda t: t.slice(2)), f"not complete: {PART} has 7 rows, provenance.json says 9"),
+        (lambda f: (f / PART).write_bytes(b"PAR1"), f"not complete: {PART} has no rows that can be read"),
+        (lambda f: with_provenance(f, lambda s: s.update(rows=41)), "not complete: its parts hold 40 rows, provenance.json says 41"),
+        (lambda f: rewrite(f / PART, with_column("sample_id", lambda v: [v[0], v[0], *v[2:]])), f"{PART}': sample_id 9 occurs twice"),
+    ],
+)  # fmt: skip
+def test_what_is_not_whole_is_not_exported(copy: Path, tmp_path: Path, change: Callable[[Path], None], said: str) -> None:
+    change(copy)
+    for form in export.FORMS:
+        with pytest.raises(UserError, match=said):
+            export.export(copy, form, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [copy.name], "nothing appears"
+
+
+def test_a_class_may_be_called_as_the_table_beside_the_folders() -> None:
+    assert export.folder_names(["cat", "Metadata.csv"]) == ["cat", "Metadata.csv_1"]
 
 
 def test_unlabelled_images_export(made_plain: Path, tmp_path: Path) -> None:

@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from d2c_ray.data import provenance
+from d2c_ray.data import provenance, storage
 from d2c_ray.errors import UserError, nearest
+from d2c_ray.models.hub import first_line
 from d2c_ray.rundir import SUCCESS, UMASK, whole
 
 PER_SHARD = 10_000
+METADATA = "metadata.csv"  # beside the class folders
 UNLABELLED = "unlabelled"  # the class folder of images without a label
 _BATCH_ROWS = 256
 _FOLDER_BYTES = 100  # of a class folder's name, which file systems hold to 255
@@ -71,12 +72,15 @@ def export(folder: str | Path, form: str, out: str | Path, per_shard: int = PER_
     Raises:
         UserError: no finished condensed dataset, an unknown form, or an output that is there.
     """
-    folder, out = Path(folder), Path(out).expanduser().absolute()
+    if storage.is_remote(str(out)):
+        raise UserError(f"'{out}': images are written to a local folder. Copy them from there.")
+    out = Path(out).expanduser().absolute()
     if form not in FORMS:
         raise UserError(f"'{form}' is no form to export to; one of {', '.join(FORMS)}{nearest(form, list(FORMS))}")
     if per_shard < 1:
         raise UserError(f"--per-shard {per_shard}: a tar holds at least one image.")
-    names = provenance.read(folder)["class_names"]
+    stated, folder = provenance.read(folder), Path(folder)
+    names = stated["class_names"]
     if not (folder / SUCCESS).is_file():
         raise UserError(f"'{folder}' is no finished condensed dataset: it has no {SUCCESS}.")
     if out.is_dir() if form == "ids" else out.exists() and not out.is_dir():
@@ -85,12 +89,32 @@ def export(folder: str | Path, form: str, out: str | Path, per_shard: int = PER_
         )
     if out.exists() and (any(out.iterdir()) if out.is_dir() else out.stat().st_size):
         raise UserError(f"'{out}' is there already and not empty. Nothing is written over: give another name, or remove it.")
+    _complete(folder, stated)
     return FORMS[form](folder, names, out, per_shard)
+
+
+def _complete(folder: Path, stated: dict[str, Any]) -> None:
+    """Raises UserError where the parts or their rows are not those that the provenance lists."""
+    there = {path.name: provenance.rows_of(path) for path in sorted(folder.glob("part-*.parquet"))}
+    listed = {name: entry.get("rows") for name, entry in sorted(stated["files"].items()) if name.startswith("part-")}
+    wrong = [f"{name} is missing" for name in listed if name not in there]
+    wrong += [f"{name} is not listed in {provenance.NAME}" for name in there if name not in listed]
+    wrong += [
+        f"{name} has {'no rows that can be read' if rows is None else f'{rows} rows'}, {provenance.NAME} says {listed[name]}"
+        for name, rows in there.items()
+        if name in listed and rows != listed[name]
+    ]
+    if not wrong and sum(rows or 0 for rows in there.values()) != stated["rows"]:
+        wrong = [f"its parts hold {sum(rows or 0 for rows in there.values())} rows, {provenance.NAME} says {stated['rows']}"]
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"'{folder}' is not complete: {'; '.join(wrong[:3])}{more}. Copy it again; d2c verify says all that is wrong.")
 
 
 def _rows(folder: Path, names: list[str], with_images: bool = True) -> Iterator[Row]:
     """Every row in the order of sample_id, some read at a time."""
     wanted = ["sample_id", "key", "label", *(["image"] if with_images else [])]
+    before = None
     for part in sorted(folder.glob("part-*.parquet")):
         try:
             with pq.ParquetFile(part) as file:
@@ -99,11 +123,15 @@ def _rows(folder: Path, names: list[str], with_images: bool = True) -> Iterator[
                     raise UserError(f"'{part}' has no column '{missing[0]}': nothing to export.")
                 for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                     for row in batch.to_pylist():
-                        label = row["label"]
+                        label, sample_id = row["label"], row["sample_id"]
+                        if before is not None and sample_id <= before:  # files are named by it
+                            wrong = "occurs twice" if sample_id == before else f"comes after {before}, though it must ascend"
+                            raise UserError(f"'{part}': sample_id {sample_id} {wrong}; d2c verify says what else is wrong.")
+                        before = sample_id
                         name = names[label] if 0 <= label < len(names) else ""
                         yield Row(row["sample_id"], row["key"], label, name, row["image"]["bytes"] if with_images else b"")
-        except (pa.ArrowInvalid, OSError, TypeError) as error:  # damaged; TypeError: a null where there should be a value
-            raise UserError(f"'{part}' cannot be read ({str(error).splitlines()[0]}); d2c verify says what is wrong.") from error
+        except (*provenance.UNREADABLE, TypeError) as error:  # damaged; TypeError: a null where there should be a value
+            raise UserError(f"'{part}' cannot be read ({first_line(error)}); d2c verify says what is wrong.") from error
 
 
 @contextmanager
@@ -156,7 +184,7 @@ def _folders(folder: Path, names: list[str], out: Path, per_shard: int) -> int:
     """class_name/image.jpg, and metadata.csv with what the names of folders and files do not say."""
     places = folder_names(names)
     count = 0
-    with _whole_folder(out) as temporary, open(temporary / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+    with _whole_folder(out) as temporary, open(temporary / METADATA, "w", newline="", encoding="utf-8") as file:
         table = _csv(file, "file_name", "sample_id", "key", "label", "name")
         for row in _rows(folder, names):
             place = places[row.label] if 0 <= row.label < len(places) else UNLABELLED
@@ -199,7 +227,7 @@ def _csv(file: IO[str], *columns: str) -> Callable[[tuple[object, ...]], object]
 
 def folder_names(names: list[str]) -> list[str]:
     """A folder name for every class: one safe on every file system, and no two alike even where case is not told apart."""
-    taken = {UNLABELLED}
+    taken = {UNLABELLED, METADATA}
     found = []
     for label, name in enumerate(names):
         place = _safe(name) or f"label_{label}"

@@ -20,6 +20,7 @@ SELECTION = "selection.parquet"
 FORMAT = 1
 INTERNAL = ("rows.parquet", "rejected.parquet")  # of the run; they do not ship
 HUB = b"huggingface"
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what reading a damaged Parquet file raises
 _BLOCK_BYTES = 1 << 22
 _THREADS = 4
 
@@ -38,7 +39,8 @@ _FORM: dict[str, Any] = {
 
 def shipped(folder: Path) -> list[Path]:
     """The Parquet files of a condensed dataset that ship, by name."""
-    return sorted(path for path in folder.glob("*.parquet") if path.name not in INTERNAL and not path.name.startswith("."))
+    found = (path for path in folder.glob("*.parquet") if path.name not in INTERNAL and not path.name.startswith("."))
+    return sorted(path for path in found if path.is_file())
 
 
 def inventory(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -60,7 +62,7 @@ def rows_of(path: Path) -> int | None:
     """Rows of a Parquet file; None where it cannot be read."""
     try:
         return pq.read_metadata(path).num_rows
-    except (pa.ArrowInvalid, OSError):
+    except UNREADABLE:
         return None
 
 

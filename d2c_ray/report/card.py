@@ -24,7 +24,10 @@ SHOWN_CLASSES, SHOWN_IMAGES = 10, 8  # of the picture
 SHOWN_PIXELS = 96  # a side of an image in it, at most
 NAMED_CLASSES = 100
 FEW_SAMPLES = 10_000  # below this a Fréchet distance is dominated by its own bias
-_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
+_SIZES = (
+    (1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"),
+    (100_000_000, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"), (10**11, "10B<n<100B"), (10**12, "100B<n<1T"),
+)  # fmt: skip
 _BIASES = {
     "interval": "Every so many ranks are taken, from the easiest image of a class on: the easiest end is favoured and the hardest images are left out.",
     "easiest": "Only the easiest images of each class are in it: the typical and the plain, nothing unusual.",
@@ -84,6 +87,16 @@ def code(value: Any) -> str:
     return f"{fence}{space}{line}{space}{fence}"
 
 
+def place(path: Any) -> str:
+    """A path without the folders of the maker's disk, which concern nobody; names of a hub (owner/model) as they are."""
+    path = str(path)
+    return PurePosixPath(path).name or path if _is_local(path) else path
+
+
+def _is_local(path: str) -> bool:
+    return Path(path).is_absolute() or path.startswith((".", "~"))
+
+
 def _context(stated: dict[str, Any], pictured: list[int], metrics: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
     data, selection, files = stated["data"], stated["selection"], stated["files"]
     title = f"{_source_name(stated)}, condensed to {stated['rows']:,} images"
@@ -106,7 +119,7 @@ def _header(stated: dict[str, Any], title: str) -> str:
     """The YAML that hubs read, without its fences."""
     import yaml
 
-    size = next((name for most, name in _SIZES if stated["rows"] < most), "n>10M")
+    size = next((name for most, name in _SIZES if stated["rows"] < most), "n>1T")
     tasks = ["unconditional-image-generation", *(["image-classification"] if stated["class_names"] else [])]
     configs = {"default": "part-*.parquet", "classes": "classes.parquet", "selection": provenance.SELECTION}
     fields = {
@@ -189,10 +202,14 @@ def tensors(stated: dict[str, Any]) -> dict[str, tuple[str, list[int], str]]:
     for name, vision in stated["vision"].items():
         tokens = [sides, stated["grid"] ** 2]
         if vision["storage"] == "int8":
-            found[name] = ("int8", [*tokens, vision["width"]], f"tokens of {text(vision['encoder'])}, row by row, times `{name}_scale`")
+            found[name] = (
+                "int8",
+                [*tokens, vision["width"]],
+                f"tokens of {text(place(vision['encoder']))}, row by row, times `{name}_scale`",
+            )
             found[f"{name}_scale"] = ("float32", tokens, "one scale a token")
         else:
-            found[name] = ("uint16", [*tokens, vision["width"]], f"tokens of {text(vision['encoder'])}, row by row, as bf16 bits")
+            found[name] = ("uint16", [*tokens, vision["width"]], f"tokens of {text(place(vision['encoder']))}, row by row, as bf16 bits")
     return found
 
 
@@ -229,21 +246,21 @@ def _attached(stated: dict[str, Any]) -> list[str]:
     if latent["kind"] == "pixels":
         lines.append(f"Pixels, {latent['channels']} x {latent['side']} x {latent['side']}: no VAE.")
     else:
-        name = f" of {code(vae['path'])} ({vae['precision']})" if vae else ""
+        name = f" of {code(place(vae['path']))} ({vae['precision']})" if vae else ""
         lines.append(
             f"Latents{name}: posterior mean and standard deviation in fp16, {latent['channels']} x {latent['side']} x {latent['side']}, {sides}; "
             f"encoder weights {code(latent.get('encoder', 'unknown'))}, scale {latent.get('scale', 1.0)}, shift {latent.get('shift', 0.0)}."
         )
     if words:
         lines.append(
-            f"Text states of {code(words['encoder'])} (weights {code(words['weights'])}, {words.get('precision', 'fp32')}): {words['tokens']} tokens x {words['width']} a class in bf16, "
+            f"Text states of {code(place(words['encoder']))} (weights {code(words['weights'])}, {words.get('precision', 'fp32')}): {words['tokens']} tokens x {words['width']} a class in bf16, "
             f"for prompts of the form {code(words.get('template', ''))}, in `classes.parquet`."
         )
     else:
         lines.append("No text.")
     for name, vision in stated["vision"].items():
         lines.append(
-            f"Vision tokens `{name}` of {code(vision['encoder'])} (weights {code(vision['weights'])}, {vision['precision']}) at {vision['image_size']} px: "
+            f"Vision tokens `{name}` of {code(place(vision['encoder']))} (weights {code(vision['weights'])}, {vision['precision']}) at {vision['image_size']} px: "
             f"{stated['grid']} x {stated['grid']} tokens x {vision['width']}, {sides}, stored as {text(vision['storage'])}; "
             f"the smallest cosine of a stored token to the encoder's own is {vision['cosine_min']:.5f}."
         )
@@ -321,7 +338,7 @@ def _record(record: dict[str, Any]) -> str:
 def _command(stated: dict[str, Any]) -> str:
     """The command that makes it, as far as the provenance says; its configuration names the source, teacher and model."""
     if stated.get("command"):
-        return " ".join(str(stated["command"]).split())
+        return " ".join(_without_places(str(stated["command"])).split())
     data, selection, words = stated["data"], stated["selection"], stated.get("text")
     values = {"data.image_size": data["image_size"], "data.channels": data["channels"], "data.flip": str(stated["flip"]).lower()}
     values |= {f"select.{name}": selection[name] for name in ("selector", "budget", "balance", "k", "f", "seed") if selection.get(name)}
@@ -329,7 +346,26 @@ def _command(stated: dict[str, Any]) -> str:
     values["attach.vision.encoder"] = stated["vision"].get("vision", {}).get("encoder", "none")
     if stated.get("vae"):
         values["vae.path"] = stated["vae"]["path"]
-    return "d2c attach CONFIG.yaml " + " ".join(shlex.quote(" ".join(f"{name}={value}".split())) for name, value in values.items())
+    words = [shlex.quote(" ".join(f"{name}={place(value)}".split())) for name, value in values.items()]
+    return "d2c attach CONFIG.yaml " + " ".join(words)
+
+
+def _without_places(command: str) -> str:
+    """A command whose local paths show their last part alone."""
+    try:
+        parts = shlex.split(command)
+    except ValueError:  # an open quote
+        parts = command.split()
+    shown = []
+    for part in parts:
+        name, sign, value = part.partition("=") if re.match(r"[\w.+-]+=", part) else ("", "", part)
+        # Within lists and mappings too, as of attach.also.
+        shown.append(
+            name
+            + sign
+            + (place(value) if _is_local(value) else re.sub(r"(?<=[\s\[{,:'\"=])[/~.][^\s,'\"\]}]+", lambda m: place(m[0]), value))
+        )
+    return shlex.join(shown)
 
 
 def _made(stated: dict[str, Any]) -> str:
