@@ -25,7 +25,7 @@ from faulty_s3 import FaultyProxy, S3Server, once_each
 
 from d2c_ray import condensed, schema
 from d2c_ray.config import StorageConfig, TrainConfig
-from d2c_ray.data import node_cache, tables
+from d2c_ray.data import latent_cache, node_cache, tables
 from d2c_ray.errors import UserError
 from d2c_ray.models.frozen import quantise
 from d2c_ray.models.transformer import TransformerSpec
@@ -98,6 +98,11 @@ def write_classes(path: Path) -> None:
 def listed(path: Path) -> dict:
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "rows": pq.read_metadata(path).num_rows}
+
+
+def change_facts(folder: Path, **facts: object) -> None:
+    success = json.loads((folder / "_SUCCESS.json").read_text())
+    (folder / "_SUCCESS.json").write_text(json.dumps({"facts": success["facts"] | facts}))
 
 
 def check(opened: condensed.Condensed, columns: dict[str, np.ndarray]) -> None:
@@ -486,9 +491,7 @@ def test_batches_equal_naive_indexing_and_are_the_callers_own(written, tmp_path:
 def test_rows_and_mirror_images_that_are_not_there_are_refused(written, tmp_path: Path) -> None:
     one_sided = {name: values[:, :1] if name.startswith(("latent", "vision")) else values for name, values in written.items()}
     folder = write(tmp_path / "data", one_sided)
-    success = json.loads((folder / "_SUCCESS.json").read_text())
-    success["facts"]["flip"] = False
-    (folder / "_SUCCESS.json").write_text(json.dumps(success))
+    change_facts(folder, flip=False)
     data = condensed.open(folder, tmp_path / "cache")
     for rows in ([0, ROWS], [-1, 3]):
         with pytest.raises(IndexError, match=f"of {ROWS}"):
@@ -498,6 +501,34 @@ def test_rows_and_mirror_images_that_are_not_there_are_refused(written, tmp_path
     with pytest.raises(ValueError, match="one number an image"):
         data.batch([0, 1], [False])
     assert torch.equal(data.batch([4, 2], [False, False])["latent_mean"], torch.from_numpy(written["latent_mean"][[4, 2], 0]).float())
+
+
+@pytest.mark.parametrize("column", ["latent_mean", "vision", "vision_large"])
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_column_with_other_sides_than_the_dataset_says_is_refused(written, tmp_path: Path, column: str, flip: bool) -> None:
+    one = {name: values[:, :1] if name.startswith(("latent", "vision")) else values for name, values in written.items()}
+    given, other = (written, one) if flip else (one, written)
+    names = (column, f"{column}_scale") if column == "vision" else (column,)
+    folder = write(tmp_path / "data", given | {name: other[name] for name in names})
+    change_facts(folder, flip=flip)
+    with pytest.raises(UserError, match=rf"column '{column}' is of shape .*flip={flip}"):
+        condensed.open(folder, tmp_path / "cache")
+    if column != "latent_mean":
+        assert len(condensed.open(folder, tmp_path / "cache", columns=["latent_mean"])) == ROWS
+
+
+def test_kept_latents_with_other_sides_are_not_taken(written, tmp_path: Path) -> None:
+    """Half of them kept with flips, half without: neither is what either setting needs."""
+    rows = pa.table({"sample_id": np.arange(8), "shard": np.zeros(8, np.int64)})
+    both = {name: written[name][:8] for name in ("latent_mean", "latent_std")}
+    latent_cache.write(tmp_path, rows.slice(0, 4), {name: values[:4] for name, values in both.items()})
+    latent_cache.write(tmp_path, rows.slice(4), {name: values[4:, :1] for name, values in both.items()})
+    first, second = latent_cache.read(tmp_path, rows.slice(0, 4), True), latent_cache.read(tmp_path, rows.slice(4), False)
+    assert first is not None and second is not None
+    for name, values in both.items():
+        assert np.array_equal(first[name], values[:4]) and np.array_equal(second[name], values[4:, :1])
+    for some, flip in ((rows, True), (rows, False), (rows.slice(0, 4), False), (rows.slice(4), True)):
+        assert latent_cache.read(tmp_path, some, flip) is None
 
 
 @pytest.mark.parametrize("column", ["vision", "vision_large"])

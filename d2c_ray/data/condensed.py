@@ -261,7 +261,15 @@ class _Source:
         if unknown:
             raise UserError(f"'{self.path}' has no column '{unknown[0]}' to open; it has {', '.join(known)}.")
         wanted = [name for name in tensors if columns is None or name in columns or name.removesuffix(SCALE) in columns]
-        return {name: kind_of(fields, name, uri) for name in ("sample_id", "label", *wanted)}
+        kinds = {name: kind_of(fields, name, uri) for name in ("sample_id", "label", *wanted)}
+        sides = 2 if self.facts["flip"] else 1
+        for name in wanted:
+            if name != "pixels" and kinds[name].shape[:1] != (sides,):
+                raise UserError(
+                    f"'{uri}': column '{name}' is of shape {list(kinds[name].shape)}, and the dataset says flip={self.facts['flip']}, which "
+                    f"makes {sides} the first number: the image, and its mirror image where flips are on. {AGAIN}"
+                )
+        return kinds
 
     def cache(self, cache_dir: str | Path | None) -> NodeCache:
         root = Path(cache_dir).expanduser() if cache_dir else Path(tempfile.gettempdir()) / f"d2c_ray-cache-{os.getuid()}"

@@ -194,7 +194,7 @@ class Attacher:
     def _add(self, table: pa.Table) -> pa.Table:
         pixels = torch.from_numpy(units.pixels_of(table))
         if self.vae is not None:
-            kept = latent_cache.read(self.latents, table) if self.latents else None
+            kept = latent_cache.read(self.latents, table, self.flip) if self.latents else None
             table = attached.add(table, kept or attached.latents(pixels, self.vae, self.flip))
         for column, encoder in self.vision.items():
             found, cosine = attached.tokens(
