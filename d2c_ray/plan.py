@@ -17,7 +17,7 @@ import numpy as np
 from d2c_ray.config import FEATURE_SELECTORS, Config, arm_configs, encoder_key, to_dict
 from d2c_ray.data import manifest
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen, hub, latents, teachers, text, vision
+from d2c_ray.models import frozen, latents, offline, teachers, text, vision
 from d2c_ray.rundir import StageDir
 from d2c_ray.selection import rank
 from d2c_ray.training.batches import BLOCK
@@ -121,7 +121,7 @@ def make(config: Config, upto: str = "report") -> Plan:
             if stage not in known or any(name not in mine for name in inputs(own)):
                 continue
             try:
-                with nullcontext() if stage in wanted else hub.only_local():
+                with nullcontext() if stage in wanted else offline.only_local():
                     settings = hashed(own)
             except UserError:
                 if stage in wanted:

@@ -123,7 +123,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in ("d2c-ray", "torch", "ray", "numpy", "pyarrow", "pillow"):
+    for package in ("d2c-ray", "torch", "ray", "numpy", "pyarrow", "pillow", "transformers", "diffusers", "tokenizers", "safetensors"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     commit = _commit()

@@ -22,7 +22,7 @@ from d2c_ray import schema
 from d2c_ray.config import DataConfig, StorageConfig, TextConfig, VaeConfig, VisionConfig
 from d2c_ray.data import at_hand, attached, decode, export, manifest, provenance, tables, units, verify
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen, hub
+from d2c_ray.models import frozen, offline
 from d2c_ray.models import text as encoders_of_text
 from d2c_ray.models import vision as encoders_of_images
 from d2c_ray.report import card
@@ -406,7 +406,7 @@ def test_a_vae_is_looked_for_here_alone(made_with_vae: Path, monkeypatch: pytest
     local = []
 
     def load(options: VaeConfig) -> None:
-        local.append(hub._only_local.get())
+        local.append(offline.is_only_local())
         raise UserError("not here")
 
     monkeypatch.setattr(frozen, "_load_vae", load)

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from faulty_s3 import FaultyProxy, S3Server, once_each
 
 from d2c_ray import condensed, schema
 from d2c_ray.config import StorageConfig, TrainConfig
-from d2c_ray.data import node_cache, tables
+from d2c_ray.data import latent_cache, node_cache, tables
 from d2c_ray.errors import UserError
 from d2c_ray.models.frozen import quantise
 from d2c_ray.models.transformer import TransformerSpec
@@ -98,6 +100,11 @@ def write_classes(path: Path) -> None:
 def listed(path: Path) -> dict:
     content = path.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "rows": pq.read_metadata(path).num_rows}
+
+
+def change_facts(folder: Path, **facts: object) -> None:
+    success = json.loads((folder / "_SUCCESS.json").read_text())
+    (folder / "_SUCCESS.json").write_text(json.dumps({"facts": success["facts"] | facts}))
 
 
 def check(opened: condensed.Condensed, columns: dict[str, np.ndarray]) -> None:
@@ -330,7 +337,98 @@ def test_a_disk_that_fills_up_while_the_copy_is_written_is_said(written, tmp_pat
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert not done.returncode, done.stderr
     assert "cannot be written" in done.stdout and "resources.cache_dir" in done.stdout, done.stdout
+    assert not list((tmp_path / "cache").glob("*/*.npy")), "what is begun would keep the disk full"
     check(condensed.open(folder, tmp_path / "cache"), written)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda root, folder: root.mkdir(mode=0o755),
+    lambda root, folder: (root.mkdir(mode=0o700), root.chmod(0o770)),
+    lambda root, folder: (folder.mkdir(mode=0o700), root.symlink_to(folder)),
+    lambda root, folder: root.symlink_to(folder),
+    lambda root, folder: root.touch(),
+])  # fmt: skip
+def test_the_folder_in_everyones_temporary_folder_must_be_this_users_alone(
+    written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil
+) -> None:
+    monkeypatch.setattr(condensed.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder, root = write(tmp_path / "data", written), tmp_path / f"d2c_ray-condensed-{os.getuid()}"
+    check(condensed.open(folder), written)
+    assert stat.S_IMODE(root.lstat().st_mode) == 0o700
+    shutil.rmtree(root)
+    spoil(root, tmp_path / "elsewhere")
+    for use in (condensed.open, condensed.drop_cache) if root.is_dir() else (condensed.open,):
+        with pytest.raises(UserError, match=rf"{root}.*resources\.cache_dir, in Python open\(\.\.\., cache_dir="):
+            use(folder)
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_a_folder_of_another_user_is_refused(written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(condensed.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder, other = write(tmp_path / "data", written), os.getuid() + 1
+    (tmp_path / f"d2c_ray-condensed-{other}").mkdir(mode=0o700)
+    monkeypatch.setattr(os, "getuid", lambda: other)  # as seen by the other user
+    with pytest.raises(UserError, match=r"belongs to the user number .*resources\.cache_dir"):
+        condensed.open(folder)
+
+
+def test_a_cache_folder_that_cannot_be_used_is_named(written, tmp_path: Path) -> None:
+    folder = write(tmp_path / "data", written)
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/none")):
+        with pytest.raises(UserError, match=rf"{root} cannot be used .*resources\.cache_dir"):
+            condensed.open(folder, root)
+    condensed.open(folder, tmp_path / "cache")
+    (lock,) = (tmp_path / "cache").glob("*.lock")
+    lock.unlink()
+    lock.mkdir()
+    with pytest.raises(UserError, match="cache cannot be used"):
+        condensed.open(folder, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("provenance.json", [1], "is a JSON list"),
+    ("provenance.json", None, "is a JSON NoneType"),
+    ("provenance.json", {}, "is of format None"),
+    ("provenance.json", {"format": 1}, "lists no files: None"),
+    ("provenance.json", {"format": 1, "files": ["part-000000.parquet"]}, "lists no files"),
+    ("provenance.json", {"format": 1, "files": {"part-000000.parquet": {"bytes": 3, "sha256": "0", "rows": None}}}, "does not say rows of part-000000"),
+    ("provenance.json", {"format": 1, "files": {"classes.parquet": {"bytes": 3}}}, "does not say sha256 of classes"),
+    ("provenance.json", {"format": 1, "files": {"part-000000.parquet": 3}}, "does not say bytes of part-000000"),
+    ("_SUCCESS.json", [], "is a JSON list"),
+    ("_SUCCESS.json", {"facts": {"class_names": []}}, "does not say flip"),
+    ("_SUCCESS.json", {}, "does not say class_names"),
+])  # fmt: skip
+def test_what_a_dataset_says_in_another_form_is_refused(written, tmp_path: Path, name: str, content: object, message: str) -> None:
+    folder = write(tmp_path / "data", written)
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{name}'.*{message}"):
+        condensed.open(folder, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["vision_../../../up", "vision_A", "vision_", "vision_a b"])
+def test_a_column_whose_name_is_no_files_is_refused(written, tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "data", written | {name: written["vision_large"]}, provenance=False)
+    with pytest.raises(UserError, match="is no name of vision tokens"):
+        condensed.open(folder, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists() and not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("int8", "[-2, -192]"), ("int8", "[0]"), ("int8", "[2, 192.0]"), ("int8", '"384"'), ("S0", "[2]")]
+)
+def test_shapes_that_are_none_are_refused(dtype: str, shape: str) -> None:
+    field = pa.field("vision", pa.binary(384), metadata={"dtype": dtype, "shape": shape})
+    with pytest.raises(UserError, match=r"'vision' says .* positive sizes would do"):
+        node_cache.kind_of(pa.schema([field]), "vision", "part")
+
+
+def test_home_is_meant_by_its_sign(written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "data", written)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(condensed.open("~/data", "~/cache")) == ROWS and condensed.vision_width("~/data") == 192
+    condensed.drop_cache("~/data", "~/cache")
+    assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
 def test_other_formats_and_foreign_schemes_are_refused(written, tmp_path: Path) -> None:
@@ -486,9 +584,7 @@ def test_batches_equal_naive_indexing_and_are_the_callers_own(written, tmp_path:
 def test_rows_and_mirror_images_that_are_not_there_are_refused(written, tmp_path: Path) -> None:
     one_sided = {name: values[:, :1] if name.startswith(("latent", "vision")) else values for name, values in written.items()}
     folder = write(tmp_path / "data", one_sided)
-    success = json.loads((folder / "_SUCCESS.json").read_text())
-    success["facts"]["flip"] = False
-    (folder / "_SUCCESS.json").write_text(json.dumps(success))
+    change_facts(folder, flip=False)
     data = condensed.open(folder, tmp_path / "cache")
     for rows in ([0, ROWS], [-1, 3]):
         with pytest.raises(IndexError, match=f"of {ROWS}"):
@@ -498,6 +594,34 @@ def test_rows_and_mirror_images_that_are_not_there_are_refused(written, tmp_path
     with pytest.raises(ValueError, match="one number an image"):
         data.batch([0, 1], [False])
     assert torch.equal(data.batch([4, 2], [False, False])["latent_mean"], torch.from_numpy(written["latent_mean"][[4, 2], 0]).float())
+
+
+@pytest.mark.parametrize("column", ["latent_mean", "vision", "vision_large"])
+@pytest.mark.parametrize("flip", [True, False])
+def test_a_column_with_other_sides_than_the_dataset_says_is_refused(written, tmp_path: Path, column: str, flip: bool) -> None:
+    one = {name: values[:, :1] if name.startswith(("latent", "vision")) else values for name, values in written.items()}
+    given, other = (written, one) if flip else (one, written)
+    names = (column, f"{column}_scale") if column == "vision" else (column,)
+    folder = write(tmp_path / "data", given | {name: other[name] for name in names})
+    change_facts(folder, flip=flip)
+    with pytest.raises(UserError, match=rf"column '{column}' is of shape .*flip={flip}"):
+        condensed.open(folder, tmp_path / "cache")
+    if column != "latent_mean":
+        assert len(condensed.open(folder, tmp_path / "cache", columns=["latent_mean"])) == ROWS
+
+
+def test_kept_latents_with_other_sides_are_not_taken(written, tmp_path: Path) -> None:
+    """Half of them kept with flips, half without: neither is what either setting needs."""
+    rows = pa.table({"sample_id": np.arange(8), "shard": np.zeros(8, np.int64)})
+    both = {name: written[name][:8] for name in ("latent_mean", "latent_std")}
+    latent_cache.write(tmp_path, rows.slice(0, 4), {name: values[:4] for name, values in both.items()})
+    latent_cache.write(tmp_path, rows.slice(4), {name: values[4:, :1] for name, values in both.items()})
+    first, second = latent_cache.read(tmp_path, rows.slice(0, 4), True), latent_cache.read(tmp_path, rows.slice(4), False)
+    assert first is not None and second is not None
+    for name, values in both.items():
+        assert np.array_equal(first[name], values[:4]) and np.array_equal(second[name], values[4:, :1])
+    for some, flip in ((rows, True), (rows, False), (rows.slice(0, 4), False), (rows.slice(4), True)):
+        assert latent_cache.read(tmp_path, some, flip) is None
 
 
 @pytest.mark.parametrize("column", ["vision", "vision_large"])
@@ -590,11 +714,12 @@ def test_a_training_opens_only_what_it_needs(written, tmp_path: Path) -> None:
     assert condensed.training_columns({"latent": {"kind": "pixels"}}, None) == ["pixels"]
 
 
+@pytest.mark.parametrize("fails", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_worker_opens_its_columns_in_the_cache_folder_and_keeps_them_if_told(
-    written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
+    written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, fails: bool
 ) -> None:
-    """What a worker of Ray Train runs, in this process."""
+    """What a worker of Ray Train runs, in this process; a training that fails leaves no more than one that ends."""
 
     from d2c_ray.distributed import trainer
 
@@ -610,17 +735,19 @@ def test_a_worker_opens_its_columns_in_the_cache_folder_and_keeps_them_if_told(
 
     def report(step: int, save: object) -> None:
         copies.append(sorted(path.name for path in (tmp_path / "cache").rglob("*.npy")))
+        if fails:
+            raise RuntimeError("the training failed")
 
     monkeypatch.setattr(trainer, "_report", report)
     spec = TransformerSpec("sit", 32, 3, 8, 1, 32, 2, 10, text_tokens=2, text_width=4, vision_width=96, align_depth=1, align_hidden=16)
     options = TrainConfig(num_images=32, batch_size=16, precision="fp32", align_with="large", log_every=16, checkpoint_every=32)
     facts = json.loads((folder / "_SUCCESS.json").read_text())["facts"]
-    trainer._worker(
-        {
-            "spec": spec.to_dict(), "train": asdict(options), "data": str(folder), "columns": condensed.training_columns(facts, "large"),
-            "cache_dir": str(tmp_path / "cache"), "keep_cache": keep, "metrics": str(tmp_path / "metrics.jsonl"), "threads": 1, "mended": "",
-        }
-    )  # fmt: skip
+    args = {
+        "spec": spec.to_dict(), "train": asdict(options), "data": str(folder), "columns": condensed.training_columns(facts, "large"),
+        "cache_dir": str(tmp_path / "cache"), "keep_cache": keep, "metrics": str(tmp_path / "metrics.jsonl"), "threads": 1, "mended": "",
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="the training failed") if fails else nullcontext():
+        trainer._worker(args)
     assert copies == [["label.npy", "latent_mean.npy", "latent_std.npy", "sample_id.npy", "vision_large.npy"]]
     assert bool(list((tmp_path / "cache").rglob("*.npy"))) == keep
     logs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -363,6 +363,21 @@ def test_weights_count_and_a_readme_does_not(t5: Path, dinov2: Path, tmp_path: P
         assert len(hashes) == 4
 
 
+def test_exactly_the_weights_that_are_loaded_count(t5: Path, tmp_path: Path) -> None:
+    """A stray shard does not; nor do safetensors without an index beside a .bin, which is then what is read and counts."""
+    known = text.facts(of_text(t5))["weights"]
+    stray = copied(t5, tmp_path, "stray")
+    (stray / "model-00001-of-00002.safetensors").write_bytes(b"of another download")
+    (stray / "model.safetensors.index.json").write_text("{}")
+    assert text.facts(of_text(stray))["weights"] == known
+    old = as_bin(copied(t5, tmp_path, "old"))
+    only_bin = text.facts(of_text(old))["weights"]
+    (old / "model-00001-of-00002.safetensors").write_bytes(b"of another download")
+    assert text.facts(of_text(old))["weights"] == only_bin != known
+    as_bin(old, **{"shared.weight": torch.zeros_like(torch.load(old / BIN, weights_only=True)["shared.weight"])})
+    assert text.facts(of_text(old))["weights"] != only_bin
+
+
 def test_code_in_a_bin_is_refused_and_not_run(t5: Path, dinov2: Path, pixels: torch.Tensor, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     folder = as_bin(copied(t5, tmp_path, "t5"), extra=Payload(ran))

@@ -11,8 +11,9 @@ import torch
 
 from d2c_ray.config import VaeConfig
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen, weights
+from d2c_ray.models import frozen, hub, weights
 from d2c_ray.models.transformer import Transformer, TransformerSpec
+from d2c_ray.rundir import versions
 
 
 def digits(count: int) -> tuple[torch.Tensor, np.ndarray]:
@@ -74,6 +75,51 @@ def test_missing_vae_says_what_would_do(tmp_path: Path, monkeypatch: pytest.Monk
         frozen.vae_facts(str(tmp_path / "nothing"), "")
     with pytest.raises(UserError, match="no AutoencoderKL could be loaded"):
         frozen._load_vae(VaeConfig(path=str(tmp_path)))
+
+
+@pytest.fixture
+def tiny_vae(tmp_path: Path) -> Path:
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_a_cut_off_vae_is_refused_and_one_below_home_is_found(tiny_vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_vae.parent))
+    assert frozen.vae_facts("~/tiny", "") == frozen.vae_facts(str(tiny_vae), "") == frozen.vae_facts("~", "tiny")
+    path = tiny_vae / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match=r"vae\.path=~/tiny: no AutoencoderKL could be loaded"):
+        frozen._load_vae(VaeConfig(path="~/tiny"))
+
+
+def test_a_vae_is_not_fetched_where_only_local_models_count(tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*rest: object, **more: object) -> None:
+        asked.append(rest)
+        raise OSError("out of reach")
+
+    asked: list[object] = []
+    monkeypatch.setattr("socket.getaddrinfo", forbidden)
+    monkeypatch.setattr("socket.socket.connect", forbidden)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # whatever was set when it was loaded
+    cached = tmp_path / "cache" / "models--owner--kept"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123456789" * 4)
+    shutil.copytree(tiny_vae, cached / "snapshots" / ("0123456789" * 4))
+    with hub.only_local():
+        assert frozen.vae_facts(str(tiny_vae), "") == frozen.vae_facts("owner/kept", "")
+        with pytest.raises(UserError, match=r"vae\.path=owner/vae: no AutoencoderKL could be loaded"):
+            frozen.vae_facts("owner/vae", "")
+    assert not asked
+    with pytest.raises(UserError, match="no AutoencoderKL could be loaded"):
+        frozen.vae_facts("owner/vae", "")
+    assert asked, "outside, the hub is asked"
+
+
+def test_the_versions_name_what_loads_the_networks() -> None:
+    assert {"torch", "transformers", "diffusers", "tokenizers", "safetensors"} <= set(versions())
 
 
 class Payload:

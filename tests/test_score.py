@@ -577,7 +577,7 @@ def test_kept_latents_change_no_score_and_are_what_attach_would_encode(configure
     assert len(tables.read(condensed.parts())) == 20 and "latent_mean" in tables.read(condensed.parts()).column_names
     assert not (scores.path / scoring.LATENTS).exists()
     rows = tables.read(plan.of("manifest")[0].dir.parts())
-    everything = latent_cache.read(scores_kept.path / scoring.LATENTS, rows)
+    everything = latent_cache.read(scores_kept.path / scoring.LATENTS, rows, True)
     assert everything is not None and everything["latent_mean"].shape == (60, 2, 2, 8, 8)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from d2c_ray.config import TextConfig, VaeConfig, VisionConfig
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen, hub
+from d2c_ray.models import frozen, offline
 from d2c_ray.models import text as encoders_of_text
 from d2c_ray.models import vision as encoders_of_images
 
@@ -33,7 +33,7 @@ def vision(stated: dict[str, Any], grid: int) -> tuple[str, Callable[[np.ndarray
     """The hash of an encoder's weights at hand, and uint8 N x H x W x C to tokens, N x L x V."""
     known = ("encoder", "image_size", "storage", "precision")
     options = VisionConfig(**{name: stated[name] for name in known}, device_batch=_device_batch(stated))
-    with hub.only_local():
+    with offline.only_local():
         weights, model = encoders_of_images.facts(options, grid)["weights"], encoders_of_images.load(options, grid, _device())
     return weights, lambda pixels: model.tokens(torch.from_numpy(pixels), grid).numpy()
 
@@ -42,7 +42,7 @@ def text(stated: dict[str, Any], prompts: list[str]) -> tuple[str, tuple[np.ndar
     """The hash of a text encoder's weights at hand, and its states and mask of prompts."""
     known = ("encoder", "template", "tokens", "precision")
     options = TextConfig(**{name: stated[name] for name in known if name in stated}, device_batch=_device_batch(stated))
-    with hub.only_local():
+    with offline.only_local():
         weights, (states, mask) = encoders_of_text.facts(options)["weights"], encoders_of_text.encode(options, prompts, _device())
     return weights, (states.numpy(), mask.numpy())
 
@@ -53,7 +53,7 @@ def vae(stated: dict[str, Any]) -> tuple[str, Callable[[np.ndarray], tuple[np.nd
     if not given:
         raise UserError("the provenance names no VAE")
     options = VaeConfig(given["path"], given["subfolder"], given["precision"], _device_batch(given))
-    with hub.only_local():
+    with offline.only_local():
         weights, network = frozen.encoder_hash(options.path, options.subfolder), frozen.Vae(options, _device())
 
     def encode(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

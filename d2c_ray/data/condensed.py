@@ -7,6 +7,7 @@ memory-mapped (`data.node_cache`); batches gather from it.
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ PROVENANCE = "provenance.json"
 FORMAT = 1  # of provenance.json
 IMAGES = ("pixels", "latent_mean", "latent_std")
 VISION, SCALE = "vision", "_scale"
+_COLUMN = re.compile(r"pixels|latent_mean|latent_std|vision(_[a-z0-9_]+)?")
 FOOTER_BYTES = 64 << 10  # read of a file's end at once; more than most footers
 FOOTERS = 64  # at a time
 
@@ -184,9 +186,9 @@ def drop_cache(path: str | Path, cache_dir: str | Path | None = None, storage: S
 
 def vision_width(path: str | Path, align_with: str = "") -> int:
     """Width of the vision tokens that `align_with` chooses (as in `Condensed.training_set`), 0 where the dataset has none."""
-    options = StorageConfig()
-    for name, _ in _listed(str(path), options):
-        with storage.open_file(storage.join(str(path), name), options) as file:
+    options, folder = StorageConfig(), os.path.expanduser(path)
+    for name, _ in _listed(folder, options):
+        with storage.open_file(storage.join(folder, name), options) as file:
             found = pq.ParquetFile(file)
             if found.metadata.num_rows:
                 column = vision_column(align_with, found.schema_arrow.names)
@@ -231,21 +233,27 @@ class _Source:
 
     @classmethod
     def read(cls, path: str | Path, options: StorageConfig) -> "_Source":
-        path = str(path)
+        path = os.path.expanduser(path)
         storage.check(path)
         success = _json(path, SUCCESS, options)
         if success is None:
             raise UserError(f"'{path}' is no finished condensed dataset: it has no {SUCCESS}.")
-        provenance = _json(path, PROVENANCE, options) or {}
-        if provenance and provenance.get("format") != FORMAT:
+        facts: dict[str, Any] = success["facts"] if isinstance(success.get("facts"), dict) else {}
+        for name, kind in {"class_names": list, "flip": bool, "latent": dict, "fingerprint": str}.items():
+            if not isinstance(facts.get(name), kind):
+                raise UserError(f"'{storage.join(path, SUCCESS)}' does not say {name} of a condensed dataset. {AGAIN}")
+        provenance = _json(path, PROVENANCE, options)
+        if provenance is not None and provenance.get("format") != FORMAT:
             raise UserError(
                 f"'{path}/{PROVENANCE}' is of format {provenance.get('format')!r}; this version reads {FORMAT}. A newer one may read it."
             )
+        if provenance is not None:
+            _check_files(storage.join(path, PROVENANCE), provenance.get("files"))
         found = _listed(path, options)
         parts = _inventoried(path, found, provenance["files"]) if provenance else _counted(path, found, options)
         if not sum(part.rows for part in parts):
             raise UserError(f"'{path}' holds no images.")
-        return cls(path, options, success["facts"], provenance, parts)
+        return cls(path, options, facts, provenance or {}, parts)
 
     def kinds(self, columns: Sequence[str] | None) -> dict[str, Kind]:
         """The kinds of the columns to open, of the first part that has rows."""
@@ -256,16 +264,30 @@ class _Source:
             except (pa.ArrowException, OSError) as error:
                 raise unreadable(uri, error) from None
         tensors = [name for name in fields.names if name in IMAGES or _is_vision(name)]
+        foreign = [name for name in tensors if not _COLUMN.fullmatch(name)]
+        if foreign:  # a column's name becomes a file's
+            raise UserError(
+                f"'{uri}' has a column {foreign[0]!r}, which is no name of vision tokens: vision, or vision_ and small letters, digits and _."
+            )
         known = [name for name in tensors if not _is_scale(name)]
         unknown = [name for name in columns or () if name not in known]
         if unknown:
             raise UserError(f"'{self.path}' has no column '{unknown[0]}' to open; it has {', '.join(known)}.")
         wanted = [name for name in tensors if columns is None or name in columns or name.removesuffix(SCALE) in columns]
-        return {name: kind_of(fields, name, uri) for name in ("sample_id", "label", *wanted)}
+        kinds = {name: kind_of(fields, name, uri) for name in ("sample_id", "label", *wanted)}
+        sides = 2 if self.facts["flip"] else 1
+        for name in wanted:
+            if name != "pixels" and kinds[name].shape[:1] != (sides,):
+                raise UserError(
+                    f"'{uri}': column '{name}' is of shape {list(kinds[name].shape)}, and the dataset says flip={self.facts['flip']}, which "
+                    f"makes {sides} the first number: the image, and its mirror image where flips are on. {AGAIN}"
+                )
+        return kinds
 
     def cache(self, cache_dir: str | Path | None) -> NodeCache:
-        root = Path(cache_dir).expanduser() if cache_dir else Path(tempfile.gettempdir()) / f"d2c_ray-cache-{os.getuid()}"
-        return NodeCache(root, self.path, self.facts["fingerprint"], self.parts, self.options)
+        # A temporary folder is everyone's: what lies there under a known name is used only where it is this user's alone.
+        root = Path(cache_dir).expanduser() if cache_dir else Path(tempfile.gettempdir()) / f"d2c_ray-condensed-{os.getuid()}"
+        return NodeCache(root, self.path, self.facts["fingerprint"], self.parts, self.options, private=not cache_dir)
 
     def text(self) -> Text | None:
         """The text of the class table, if there is one."""
@@ -291,11 +313,25 @@ def _is_scale(name: str) -> bool:
 
 def _json(path: str, name: str, options: StorageConfig) -> dict[str, Any] | None:
     try:
-        return json.loads(storage.read_all(storage.join(path, name), options))
+        found = json.loads(storage.read_all(storage.join(path, name), options))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise UserError(f"'{storage.join(path, name)}' is no JSON: {error}. {AGAIN}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"'{storage.join(path, name)}' is a JSON {type(found).__name__}, an object would do. {AGAIN}")
+    return found
+
+
+def _check_files(uri: str, files: Any) -> None:
+    """Refuses a list of files that does not say what opening reads of it."""
+    if not isinstance(files, dict):
+        raise UserError(f"'{uri}' lists no files: {files!r}. {AGAIN}")
+    for name, entry in files.items():
+        wanted = {"bytes": int, "sha256": str, **({"rows": int} if name.startswith("part-") else {})}
+        for key, kind in wanted.items():
+            if not isinstance(entry, dict) or type(entry.get(key)) is not kind:
+                raise UserError(f"'{uri}' does not say {key} of {name} ({entry!r}). {AGAIN}")
 
 
 def _listed(path: str, options: StorageConfig) -> list[tuple[str, int]]:

@@ -35,12 +35,16 @@ def write(folder: Path, rows: pa.Table, latents: Latents) -> None:
         writer.write_table(table)
 
 
-def read(folder: Path, rows: pa.Table) -> Latents | None:
-    """The latents of rows (sample_id, shard), in their order; None where one of them was not kept."""
+def read(folder: Path, rows: pa.Table, flip: bool) -> Latents | None:
+    """The latents of rows (sample_id, shard), in their order; None where one of them was not kept as `flip` wants it.
+
+    Scores do not depend on flips, so what one setting of them kept, another may find.
+    """
     wanted = rows.column("sample_id").to_numpy()
     if not len(wanted):
         return None
     position = {int(sample): row for row, sample in enumerate(wanted)}
+    sides = 2 if flip else 1
     found: Latents = {}
     missing = set(position)
     for shard in np.unique(rows.column("shard").to_numpy()):
@@ -52,8 +56,10 @@ def read(folder: Path, rows: pa.Table) -> Latents | None:
                 table = pa.ipc.open_file(source).read_all()
                 ids = table.column("sample_id").to_numpy()
                 here = [row for row, sample in enumerate(ids) if int(sample) in missing]
-                for name in table.column_names[1:]:
-                    values = tables.tensor_values(table, name)
+                kept = {name: tables.tensor_values(table, name) for name in table.column_names[1:]}
+                if any(values.shape[1] != sides for values in kept.values()):
+                    continue
+                for name, values in kept.items():
                     target = found.setdefault(name, np.empty((len(wanted), *values.shape[1:]), values.dtype))
                     target[[position[int(ids[row])] for row in here]] = values[here]
                 missing -= {int(ids[row]) for row in here}

@@ -4,12 +4,14 @@ The copy is built part by part. What is done is written down after its bytes hav
 killed goes on with the next part, and columns that nobody needed at first are added later.
 """
 
+import errno
 import hashlib
 import json
 import math
 import mmap
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ FORMAT = 1  # of the copy; another one never meets this one's files
 BATCH_BYTES = 4 << 20  # decoded at a time, or one row; more would be memory anew each time, less does not pay
 NOTE_SEC = 0.2  # between two notes of what is done; a sync takes milliseconds, a small part less
 FETCH_BYTES = 8 * storage.PIECE_BYTES  # of a remote part at a time
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SYNC = getattr(os, "fdatasync", os.fsync)  # the former where there is one
 INTEGERS = {"sample_id": np.dtype(np.int64), "label": np.dtype(np.int64)}  # plain columns; the rest are tensors
 ELSEWHERE = "resources.cache_dir, in Python open(..., cache_dir=...), puts it on another disk."
@@ -78,7 +81,11 @@ def kind_of(fields: pa.Schema, name: str, uri: str) -> Kind:
         raise UserError(
             f"'{uri}': column '{name}' is {field.type} without the dtype and shape of its tensors in the field's metadata. {AGAIN}"
         ) from None
-    if found.num_bytes != stored or found.dtype.hasobject:
+    if any(type(size) is not int or size <= 0 for size in found.shape) or found.dtype.kind not in "biuf":
+        raise UserError(
+            f"'{uri}': column '{name}' says {found.dtype} {list(found.shape)}; numbers in a shape of positive sizes would do. {AGAIN}"
+        )
+    if found.num_bytes != stored:
         raise UserError(
             f"'{uri}': column '{name}' says {found.dtype} {list(found.shape)}, {found.num_bytes} bytes, and holds {stored} a row. {AGAIN}"
         )
@@ -93,9 +100,13 @@ class NodeCache:
         source: where the dataset lies, for messages.
         fingerprint: of the stage that made it. Two builds of one stage may differ in bytes (other hardware), so the
             copy's own folder is named by the parts' digests too.
+        private: whether `root` must be a folder that nobody else can look into or write to.
     """
 
-    def __init__(self, root: Path, source: str, fingerprint: str, parts: Sequence[Part], options: StorageConfig):
+    def __init__(
+        self, root: Path, source: str, fingerprint: str, parts: Sequence[Part], options: StorageConfig, private: bool = False
+    ):  # fmt: skip
+        self._private = private
         self._source, self._parts, self._options = source, parts, options
         self._rows = sum(part.rows for part in parts)
         content = json.dumps([FORMAT, fingerprint, [[part.name, part.num_bytes, part.rows, part.digest] for part in parts]])
@@ -105,7 +116,7 @@ class NodeCache:
         """The columns `kinds` as read-only memory maps of rows x shape, built where they are not there yet.
 
         Raises:
-            UserError: the disk has no room, or a part is not what it should be.
+            UserError: the disk has no room, the folder cannot be used, or a part is not what it should be.
         """
         with self._lock():
             found = {name: self._mapped(name, kind) for name, kind in kinds.items()}
@@ -116,6 +127,9 @@ class NodeCache:
                 except OSError as error:
                     if error.filename in {part.uri for part in self._parts}:
                         raise UserError(f"'{error.filename}' cannot be read: {error.strerror}.") from None
+                    if error.errno in FULL:  # what is begun would keep the disk full, of others too
+                        for name in missing:
+                            self._path(name).unlink(missing_ok=True)
                     raise UserError(
                         f"the copy of '{self._source}' cannot be written to {self.folder}: {error.strerror or error}. {ELSEWHERE}"
                     ) from error
@@ -126,7 +140,7 @@ class NodeCache:
 
     def drop(self) -> None:
         """Removes the copy. Processes that have it open keep reading it."""
-        if self.folder.parent.is_dir():
+        if os.path.isdir(self.folder.parent):
             with self._lock():
                 shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -134,17 +148,28 @@ class NodeCache:
     def _lock(self) -> Iterator[None]:
         from filelock import FileLock
 
-        self.folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with FileLock(self.folder.with_suffix(".lock")):
+        root, lock = self.folder.parent, FileLock(self.folder.with_suffix(".lock"))
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if self._private:
+                _check_private(root)
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:  # the latter of a file system without locks
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{root} cannot be used for copies of condensed datasets: {why}. {ELSEWHERE}") from None
+        try:
             yield
+        finally:
+            lock.release()
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npy"
 
     def _done(self) -> dict[str, int]:
         """How many parts of each column are on the disk."""
-        with suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
-            return json.loads((self.folder / STATE).read_text())["parts"]
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads((self.folder / STATE).read_text())["parts"]
+            return found if isinstance(found, dict) else {}
         return {}
 
     def _mapped(self, name: str, kind: Kind) -> np.ndarray | None:
@@ -257,6 +282,20 @@ def _runs(part: Part, content: pa.Buffer, kinds: dict[str, Kind]) -> Iterator[tu
                 at += len(batch)
     except (pa.ArrowException, OSError) as error:  # only Parquet's own: what the caller does between two runs is not raised in here
         raise unreadable(part.uri, error) from None
+
+
+def _check_private(root: Path) -> None:
+    """Refuses a folder that others could have put something into, or can look into."""
+    found = root.lstat()
+    if stat.S_ISLNK(found.st_mode) or not stat.S_ISDIR(found.st_mode):
+        what = "is a link or no folder"
+    elif found.st_uid != os.getuid():
+        what = f"belongs to the user number {found.st_uid}"
+    elif found.st_mode & 0o077:
+        what = f"is open to other users (mode {stat.S_IMODE(found.st_mode):o}; chmod 700 closes it)"
+    else:
+        return
+    raise UserError(f"{root}, for copies of condensed datasets, {what}. Name a folder of your own: {ELSEWHERE}")
 
 
 def unreadable(uri: str, error: Exception) -> UserError:

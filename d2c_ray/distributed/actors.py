@@ -214,7 +214,7 @@ class Attacher:
     def _add(self, table: pa.Table) -> pa.Table:
         pixels = torch.from_numpy(units.pixels_of(table))
         if self.vae is not None:
-            kept = latent_cache.read(self.latents, table) if self.latents else None
+            kept = latent_cache.read(self.latents, table, self.flip) if self.latents else None
             found = kept or attached.latents(pixels, self.vae, self.flip)
             table = attached.add(table, found, devices=[self.latents_device if kept else self.hardware])
         for column, encoder in self.vision.items():

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from d2c_ray.config import ModelConfig, ResourcesConfig, TrainConfig
 from d2c_ray.data import condensed
 from d2c_ray.distributed import cluster
+from d2c_ray.errors import UserError
 from d2c_ray.job import Job
 from d2c_ray.models import latents, weights
 from d2c_ray.models.transformer import TransformerSpec
@@ -130,14 +131,17 @@ def _worker(args: dict[str, Any]) -> None:
             world_size=context.get_world_size(), resume=resume, log=log, checkpoint=_report,
         )  # fmt: skip
 
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        run(Path(args["mended"]) if args["mended"] else None)
-    else:
-        with checkpoint.as_directory() as folder:
-            run(Path(folder))
-    if context.get_local_rank() == 0 and not args["keep_cache"]:
-        condensed.drop_cache(args["data"], args["cache_dir"])
+    try:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            run(Path(args["mended"]) if args["mended"] else None)
+        else:
+            with checkpoint.as_directory() as folder:
+                run(Path(folder))
+    finally:
+        if context.get_local_rank() == 0 and not args["keep_cache"]:
+            with suppress(UserError, OSError):  # which would hide how the training ended
+                condensed.drop_cache(args["data"], args["cache_dir"])
 
 
 def mend_checkpoints(folder: Path) -> Path | None:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from d2c_ray.config import VaeConfig
 from d2c_ray.errors import UserError
+from d2c_ray.models.offline import is_only_local
 
 # Name: package and class that know the weight file, and the feature width.
 EFFICIENTNETS = {
@@ -209,21 +211,26 @@ def encoder_hash(path: str, subfolder: str) -> str:
 
 def _load_vae(config: VaeConfig) -> Any:
     from diffusers import AutoencoderKL
+    from huggingface_hub import snapshot_download
 
-    folder, name = Path(config.path) / config.subfolder, "diffusion_pytorch_model"
+    given, name, errors = Path(config.path).expanduser(), "diffusion_pytorch_model", []
+    folder = given / config.subfolder
     only_bin = (folder / f"{name}.bin").is_file() and not (folder / f"{name}.safetensors").is_file()
-    errors = []
     # A .bin, which older repositories hold alone, goes through torch.load(weights_only=True): tensors and nothing else.
     for safe in (False,) if only_bin else (True, False):
         try:
+            where = str(given) if given.is_dir() else config.path
+            if is_only_local() and not given.is_dir():  # a download of single files may ask the hub even then
+                where = snapshot_download(config.path, local_files_only=True)
             return AutoencoderKL.from_pretrained(
-                config.path,
+                where,
+                local_files_only=is_only_local(),
                 subfolder=config.subfolder or None,
                 use_safetensors=safe,
                 torch_dtype=DTYPES[config.precision],
                 low_cpu_mem_usage=False,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             errors.append(error)
     raise UserError(
         f"vae.path={config.path}: no AutoencoderKL could be loaded ({str(errors[0]).splitlines()[0]}). Give a local folder that holds "

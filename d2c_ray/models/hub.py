@@ -7,9 +7,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +15,14 @@ import torch
 
 from d2c_ray.errors import UserError
 from d2c_ray.models.frozen import file_hash
+from d2c_ray.models.offline import is_only_local
 
 # What transformers reads; where a repository holds both kinds, the safetensors.
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "model-*.safetensors",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin",
 )  # fmt: skip
-_only_local: ContextVar[bool] = ContextVar("only_local", default=False)
 _import_lock = threading.Lock()  # transformers loads its names lazily, and two threads at once get none
-
-
-@contextmanager
-def only_local() -> Iterator[None]:
-    """Inside, `resolve` looks at folders and at the hub's cache and fetches nothing."""
-    token = _only_local.set(True)
-    try:
-        yield
-    finally:
-        _only_local.reset(token)
 
 
 def resolve(key: str, name: str, patterns: Sequence[str], would: str = "") -> Path:
@@ -59,7 +47,7 @@ def resolve(key: str, name: str, patterns: Sequence[str], would: str = "") -> Pa
         raise UserError(f"{key}={name}: there is no such folder. {would}")
     from huggingface_hub import snapshot_download
 
-    local = _only_local.get()
+    local = is_only_local()
     how: dict[str, Any] = {"local_files_only": True} if local else {}
     try:
         safe = [pattern for pattern in patterns if ".bin" not in pattern]
@@ -75,10 +63,11 @@ def resolve(key: str, name: str, patterns: Sequence[str], would: str = "") -> Pa
 
 
 def folder_hash(folder: Path, patterns: Sequence[str]) -> str:
-    """16 hex digits over names and contents of the files that match; of weights in both kinds only the safetensors count."""
-    names = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    if any(name.endswith(".safetensors") for name in names):
-        names = {name for name in names if ".bin" not in name}
+    """16 hex digits over names and contents of the files that match; of weights only those that are loaded count."""
+    others = [pattern for pattern in patterns if pattern not in WEIGHTS]
+    names = {path.relative_to(folder).as_posix() for pattern in others for path in folder.glob(pattern) if path.is_file()}
+    if len(others) < len(patterns):
+        names.update(_weights(str(folder), folder))
     digest = hashlib.sha256()
     for name in sorted(names):
         digest.update(f"{name}|{file_hash(folder / name)}|".encode())
@@ -103,7 +92,7 @@ def read_config(key: str, folder: Path, supported: Sequence[str]) -> dict[str, A
     config = read_json(key, path)
     if config.get("model_type") not in supported:
         raise UserError(f"{key}: '{folder}' holds a model of type {config.get('model_type')!r}; one of {', '.join(supported)} would do.")
-    _uses_safetensors(key, folder)
+    _weights(key, folder)
     return config
 
 
@@ -138,14 +127,13 @@ def load(key: str, folder: Path, class_name: str, dtype: torch.dtype, unused: Se
     Raises:
         UserError: weights that are unreadable, not tensors alone, or other than config.json says.
     """
+    safe = _weights(key, folder)[0].startswith("model.")
     try:
         network, report = transformers_class(class_name).from_pretrained(
             # The attention is named, since config.json could name a kernel of another repository.
-            folder, local_files_only=True, use_safetensors=_uses_safetensors(key, folder), dtype=dtype, attn_implementation="sdpa",
+            folder, local_files_only=True, use_safetensors=safe, dtype=dtype, attn_implementation="sdpa",
             output_loading_info=True, **how,
         )  # fmt: skip
-    except UserError:
-        raise
     except Exception as error:  # unpickling, safetensors, shapes: each has its own
         raise UserError(f"{key}: the weights in '{folder}' cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
     missing = sorted(set(report["missing_keys"]) - set(unused))
@@ -154,18 +142,18 @@ def load(key: str, folder: Path, class_name: str, dtype: torch.dtype, unused: Se
     return network.eval().requires_grad_(False)
 
 
-def _uses_safetensors(key: str, folder: Path) -> bool:
-    """Whether the weights are safetensors; all their shards are there."""
+def _weights(key: str, folder: Path) -> list[str]:
+    """The names of the weight files that transformers reads, all of which are there: one, or an index and then its shards."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
         if whole.is_file():
-            return suffix == "safetensors"
+            return [whole.name]
         if index.is_file():
             shards = read_json(key, index).get("weight_map")
             missing = sorted(name for name in set(shards.values()) if not (folder / name).is_file()) if isinstance(shards, dict) else []
             if not shards or missing:
                 raise UserError(f"{key}: '{index}' names {len(missing)} files that are not there{f', {missing[0]}' if missing else ''}.")
-            return suffix == "safetensors"
+            return [index.name, *sorted(set(shards.values()))]
     raise UserError(f"{key}: '{folder}' holds no model.safetensors (or pytorch_model.bin), in one file or in shards with their index.")
 
 
