@@ -17,7 +17,7 @@ from test_frozen import Payload
 
 from d2c_ray.config import TextConfig, VisionConfig
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen, hub, text, vision
+from d2c_ray.models import frozen, hub, offline, text, vision
 
 CPU = torch.device("cpu")
 WEIGHTS, BIN = "model.safetensors", "pytorch_model.bin"
@@ -480,14 +480,14 @@ def test_a_hub_that_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_the_cache_is_looked_at(t5: Path, tmp_path: Path) -> None:
-    with hub.only_local(), pytest.raises(UserError, match=r"owner/t5: there is no such folder, and the hub's cache holds no such model"):
+    with offline.only_local(), pytest.raises(UserError, match=r"owner/t5: there is no such folder, and the hub's cache holds no such model"):
         text.facts(of_text("owner/t5"))
     revision = "0123456789" * 4
     cached = tmp_path / "cache" / "models--owner--t5"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text(revision)
     shutil.copytree(t5, cached / "snapshots" / revision)
-    with hub.only_local():
+    with offline.only_local():
         assert hub.resolve("key", "owner/t5", ["*"]) == cached / "snapshots" / revision
         assert text.facts(of_text("owner/t5"))["weights"] == text.facts(of_text(t5))["weights"]
         assert torch.equal(text.encode(of_text("owner/t5"), PROMPTS, CPU)[0], text.encode(of_text(t5), PROMPTS, CPU)[0])
@@ -510,7 +510,7 @@ def test_what_is_asked_of_the_hub(t5: Path, dinov2: Path, tmp_path: Path, monkey
     assert asked == [("facebook/dinov2-base", False, False), ("facebook/dinov2-with-registers-giant", False, False)]
     asked.clear()
     folder = as_bin(copied(t5, tmp_path))  # a .bin is fetched where there is nothing else
-    with hub.only_local():
+    with offline.only_local():
         text.facts(TextConfig())
     text.facts(TextConfig())
     name = "google/flan-t5-xl"

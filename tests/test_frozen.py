@@ -11,7 +11,7 @@ import torch
 
 from d2c_ray.config import VaeConfig
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen, hub, weights
+from d2c_ray.models import frozen, offline, weights
 from d2c_ray.models.transformer import Transformer, TransformerSpec
 from d2c_ray.rundir import versions
 
@@ -108,7 +108,7 @@ def test_a_vae_is_not_fetched_where_only_local_models_count(tiny_vae: Path, tmp_
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("0123456789" * 4)
     shutil.copytree(tiny_vae, cached / "snapshots" / ("0123456789" * 4))
-    with hub.only_local():
+    with offline.only_local():
         assert frozen.vae_facts(str(tiny_vae), "") == frozen.vae_facts("owner/kept", "")
         with pytest.raises(UserError, match=r"vae\.path=owner/vae: no AutoencoderKL could be loaded"):
             frozen.vae_facts("owner/vae", "")
