@@ -575,7 +575,7 @@ def test_the_card_does_not_say_where_things_lay_on_the_makers_disk(made_with_vae
     stated["text"]["encoder"], stated["vision"]["vision"]["encoder"] = "~/secret/t5", "facebook/dinov2-base"
     shown = card.render(stated, [])
     stated["command"] = (
-        "/home/secret/bin/d2c attach ../secret/a.yaml vae.path=/secret/vae attach.also='[{name: x, encoder: /secret/dino}]' "
+        "/secret/bin/d2c attach ../secret/a.yaml vae.path=/secret/vae attach.also='[{name: x, encoder: /secret/dino}]' "
         "attach.text.encoder=google/flan-t5-xl data.path=~/secret/images"
     )
     for words in (shown, card.render(stated, [])):

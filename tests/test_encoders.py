@@ -480,7 +480,10 @@ def test_a_hub_that_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_the_cache_is_looked_at(t5: Path, tmp_path: Path) -> None:
-    with offline.only_local(), pytest.raises(UserError, match=r"owner/t5: there is no such folder, and the hub's cache holds no such model"):
+    with (
+        offline.only_local(),
+        pytest.raises(UserError, match=r"owner/t5: there is no such folder, and the hub's cache holds no such model"),
+    ):
         text.facts(of_text("owner/t5"))
     revision = "0123456789" * 4
     cached = tmp_path / "cache" / "models--owner--t5"

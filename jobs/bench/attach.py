@@ -5,7 +5,7 @@
 cache  an artefact of 10,000 images (--quick: 600), each with 256 x 768 int8 tokens and 4 x 32 x 32 latents of both flips, is opened;
        then batches of 128 random images' tokens, one flip of each, into the reused buffer, against a plain copy of as many bytes
 
-passes a VAE and two vision encoders attached to 160 pictures (--quick: 48) of 500 x 375 at 256 px, both flips, in one pass, against a
+passes a VAE and two vision encoders attached to 96 pictures (--quick: 48) of 500 x 375 at 256 px, both flips, in one pass, against a
        pass for each; through Ray Data with one actor, from reading to the written parts
 
 The cache holds random numbers; one thread, one core while batches are timed. The last line is one JSON object.
@@ -197,7 +197,7 @@ def bench_cache(root: Path, quick: bool) -> dict:
 def bench_passes(root: Path, quick: bool) -> dict:
     from diffusers import AutoencoderKL
 
-    count, turns = (48, 1) if quick else (160, 2)
+    count, turns = (48, 1) if quick else (96, 2)
     photographs, rng = [Image.fromarray(image) for image in load_sample_images().images], np.random.default_rng(0)
     (root / "source" / "photographs").mkdir(parents=True)
     for index in range(count):
