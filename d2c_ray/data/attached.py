@@ -7,7 +7,7 @@ a Parquet part of the result. Legend: N images, F flips kept, L tokens, V vision
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,19 +22,12 @@ from d2c_ray.data.latent_cache import Latents
 from d2c_ray.data.provenance import hub_features
 from d2c_ray.errors import UserError
 from d2c_ray.models.frozen import Vae, quantise
+from d2c_ray.models.vision import Encoder
 from d2c_ray.training.batches import dequantise
 
 FAITHFUL = 0.999  # least cosine to bf16 of a token that is stored in int8, where storage is 'auto'
 ROW_GROUP_BYTES = 256 << 20
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as dataset hubs hold and show images
-
-
-class TokenEncoder(Protocol):
-    """A vision encoder, as `models.vision.load` gives it."""
-
-    width: int
-
-    def tokens(self, pixels: Tensor, side: int) -> Tensor: ...
 
 
 def model_input(pixels: Tensor, vae: Vae | None) -> Tensor:
@@ -74,7 +67,7 @@ def halved(mean: Tensor, std: Tensor) -> Latents:
 
 
 def tokens(
-    pixels: Tensor, encoder: TokenEncoder, grid: int, flip: bool, int8: bool, column: str, at_once: int
+    pixels: Tensor, encoder: Encoder, grid: int, flip: bool, int8: bool, column: str, at_once: int
 ) -> tuple[dict[str, np.ndarray], float | None]:
     """Patch tokens of images, and of their mirror images where `flip`, as they are stored.
 

@@ -2,7 +2,7 @@
 
     scores-<hash>/latents/000012/0000049152-0000049407.arrow     sample_ids of a shard's run of rows
 
-They are what `attached.write_part` would encode: posterior mean and standard deviation, float16, both flips where
+They are what `attached.latents` would encode: posterior mean and standard deviation, float16, both flips where
 flips are on. A table made with them equals one made without.
 """
 

@@ -24,7 +24,6 @@ from d2c_ray.rundir import StageDir, versions
 from d2c_ray.selection.baselines import NEEDS_SCORES
 
 ROWS = "rows.parquet"
-SELECTION = "selection.parquet"
 
 
 def run(job: Job) -> Result:
@@ -82,7 +81,7 @@ def _selection(job: Job) -> pa.Table:
     parts = [tables.read(path) for path in job.inputs["manifest"].parts()]
     rows = pa.concat_tables([part.filter(pc.is_in(part.column("sample_id"), selected)) for part in parts])
     tables.write(job.out / ROWS, rows, {}, job.config.attach.rows_per_part)
-    tables.write(job.out / SELECTION, chosen, job.facts("select"))
+    tables.write(job.out / provenance.SELECTION, chosen, job.facts("select"))
     return rows
 
 
