@@ -52,9 +52,35 @@ COMMANDS = {
     ),
     "train": ("Train the students on their condensed datasets.", "d2c train configs/quickstart.yaml train.align_weight=0.5"),
     "sample": ("Generate images with the trained students.", "d2c sample configs/quickstart.yaml sample.guidance=2"),
-    "evaluate": ("Measure the images, beside the floor and what real images score.", "d2c evaluate configs/quickstart.yaml"),
+    "evaluate": (
+        "Measure the images, beside the floor and what real images score; or anybody's, with --reference.",
+        "d2c evaluate configs/quickstart.yaml",
+    ),
+    "compare": (
+        "Set the students of several runs side by side; refused, with the field's name, where they were not measured alike.",
+        "d2c compare configs/quickstart.yaml configs/cifar10_small.yaml",
+    ),
     "report": ("Run whatever is missing and write report.html.", "d2c report configs/quickstart.yaml"),
+    "import-model": (
+        "Make a model folder of published DiT or SiT weights, which can be sampled, scored with and fine-tuned.",
+        "d2c import-model DiT-XL-2-256x256.pt models/dit-xl --kind dit",
+    ),
+    "export-model": (
+        "Write a trained student (or a model folder) as a diffusers pipeline, which loads where this tool is not installed.",
+        "d2c export-model configs/quickstart.yaml exported --weights ema",
+    ),
+    "plan": (
+        "Say what a configuration will cost before anything runs: parameters, FLOPs, memory, bytes, and which stages are there.",
+        "d2c plan configs/imagenet256_sit_l_10k.yaml resources.train_workers=8",
+    ),
     "config": ("Print the whole configuration as it would run, defaults included.", "d2c config configs/cifar10.yaml train.lr=2e-4"),
+}
+
+# Keys of the section evaluate that say how a run is measured and mean nothing to images from elsewhere, and what would do.
+NOT_OF_IMAGES = {
+    "evaluate.reference": "--reference, which takes statistics (an .npz with mu and sigma) as well as images, would do",
+    "evaluate.unguided": "how they were sampled is not known; those made without guidance, measured by a command of their own, would do",
+    "evaluate.max_reference": "all of --reference is measured against; a set of fewer images would do",
 }
 
 # Plain help: typer's own layout imports rich, which takes longer than everything else together.
@@ -79,9 +105,19 @@ Overrides = Annotated[
 def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a command with its line of `COMMANDS`, and its example below its help."""
     summary, example = COMMANDS[name]
-    needs = "" if name in ("run", "config") else "\n\nRuns what it needs first and is not there yet."
+    needs = (
+        ""
+        if name in ("run", "config", "plan", "compare", "import-model", "export-model")
+        else "\n\nRuns what it needs first and is not there yet."
+    )
     if name in ("verify", "export"):
         needs = "\n\nTakes a condensed-<hash> folder, or the configuration of a run, which makes the dataset first if it is not there yet."
+    if name == "evaluate":
+        needs += (
+            " Given images instead of a configuration (a folder, an .npz with arr_0 as ADM's evaluator reads it, Parquet or a samples-* folder) "
+            "it measures them against those of --reference, without Ray: d2c evaluate samples/ --reference real/. "
+            "Changes are then of the section evaluate alone, for example evaluate.bootstrap=100."
+        )
     return app.command(name, help=summary + needs, short_help=summary, epilog=f"\b\nExample:\n  {example}")
 
 
@@ -101,7 +137,19 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 for _name in COMMANDS:
-    if _name not in ("run", "config", "explain", "selectors", "verify", "export"):
+    if _name not in (
+        "run",
+        "config",
+        "plan",
+        "explain",
+        "selectors",
+        "verify",
+        "export",
+        "import-model",
+        "export-model",
+        "evaluate",
+        "compare",
+    ):
         _command(_name)(_stage_command(_name))
 
 
@@ -166,15 +214,9 @@ def export(
     per_shard: Annotated[int, typer.Option(metavar="N", help="webdataset: images a tar, at most.")] = 10_000,
 ) -> None:
     folders = _condensed(condensed, overrides)
-    if arm and arm not in folders:
-        from d2c_ray.errors import nearest
-
-        raise UserError(f"--arm {arm}: no such arm; {', '.join(filter(None, folders)) or 'a folder has none'}{nearest(arm, list(folders))}")
-    if not arm and len(set(folders.values())) > 1:
-        raise UserError(f"the run has several condensed datasets; --arm says which: one of {', '.join(folders)}.")
     from d2c_ray.data.export import export
 
-    count = export(folders[arm] if arm else next(iter(folders.values())), form, out, per_shard)
+    count = export(_of_arm(folders, arm, "condensed datasets"), form, out, per_shard)
     print(f"{count:,} images: {out}")
 
 
@@ -191,6 +233,181 @@ def _condensed(given: str, overrides: list[str] | None) -> dict[str, str]:
 
     plan = pipeline.finished(load(given, overrides or []), "attach", say=_say)
     return {name: str(nodes["attach"].folder) for name, nodes in plan.arms.items()}
+
+
+@_command("evaluate")
+def evaluate(
+    given: Annotated[str, typer.Argument(metavar="CONFIG|IMAGES", help="The YAML file of a run, or images: a folder, .npz or .parquet.")],
+    overrides: Overrides = None,
+    reference: Annotated[
+        str, typer.Option(metavar="IMAGES", help="Images: the real ones to measure against, or an .npz of statistics (mu, sigma).")
+    ] = "",
+    network: Annotated[
+        str, typer.Option(metavar="NAME", help="efficientnet-lite2 (the default: needs no download), inception for FID, dinov2-l, ...")
+    ] = "",
+    more_networks: Annotated[str, typer.Option(metavar="NAMES", help="To measure in as well, separated by commas.")] = "",
+    train: Annotated[str, typer.Option(metavar="IMAGES", help="The images that were trained on: for the floor, and for copying.")] = "",
+    held_out: Annotated[
+        str, typer.Option(metavar="IMAGES|N", help="Real images measured beside: a set of them, or so many taken out of the reference.")
+    ] = "",
+    size: Annotated[
+        int, typer.Option(min=0, metavar="PIXELS", help="Centre crop of all images, as ADM's; 0: as they are, the network resizes.")
+    ] = 0,
+    batch: Annotated[int, typer.Option(min=0, metavar="N", help="Images a forward; 0: 32.")] = 0,
+    max_pixels: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Images of more pixels are left out; 0: 50,000,000. Four are in memory at once.")
+    ] = 0,
+    out: Annotated[str, typer.Option(metavar="FILE", help="A .json for the numbers with their record, which d2c compare reads.")] = "",
+) -> None:
+    own = {
+        "--reference": reference, "--network": network, "--more-networks": more_networks, "--train": train, "--held-out": held_out,
+        "--size": size, "--batch": batch, "--max-pixels": max_pixels, "--out": out,
+    }  # fmt: skip
+    if given.lower().endswith((".yaml", ".yml")):
+        wrong = next((option for option, value in own.items() if value), None)
+        if wrong:
+            raise UserError(f"{wrong} is of images; a configuration says it itself, for example evaluate.network=efficientnet-lite0.")
+        _run(given, overrides, "evaluate")
+        return
+    if not reference:
+        raise UserError(f"'{given}' is measured against real images: --reference, a folder, an .npz or .parquet of them, is missing.")
+    if out and not out.endswith(".json"):
+        raise UserError(f"--out {out}: a file that ends in .json would do.")
+    for override in overrides or []:
+        key = override.partition("=")[0]
+        if key in NOT_OF_IMAGES:
+            raise UserError(f"'{override}' does nothing to images that belong to no run: {NOT_OF_IMAGES[key]}.")
+    values = {
+        "network": network,
+        "device_batch": batch,
+        "more_networks": [name.strip() for name in more_networks.split(",") if name.strip()],
+    }
+    from d2c_ray.config import evaluate_options
+
+    options = evaluate_options(overrides or [], {key: value for key, value in values.items() if value})
+    from d2c_ray.report import image_sets
+
+    found = image_sets.evaluate(given, reference, options, train=train, held_out=held_out, size=size, max_pixels=max_pixels)
+    print("\n".join(image_sets.lines(found)))
+    if out:
+        from pathlib import Path
+
+        from d2c_ray.rundir import write_json
+
+        write_json(Path(out).expanduser(), found)
+        print(f"record: {out}")
+
+
+@_command("compare")
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...", help="Finished runs: their folders or YAML files; or eval-* folders, or .json of d2c evaluate --out."
+        ),
+    ],
+    anyway: Annotated[bool, typer.Option("--anyway", help="Show numbers that were not measured alike, under their differences.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The numbers alone, as JSON.")] = False,
+) -> None:
+    from d2c_ray.report import compare
+
+    found = compare.compare(compare.gather(runs), anyway)
+    if as_json:
+        import json
+
+        print(json.dumps(compare.to_json(found), indent=1))
+    else:
+        print("\n".join(compare.lines(found)))
+
+
+@_command("import-model")
+def import_model(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A .pt or .safetensors file, or the folder or hub name of a diffusers DiT pipeline.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write. Nothing is written over.")],
+    kind: Annotated[str, typer.Option(metavar="KIND", help="dit or sit, where the file does not say it.")] = "",
+    heads: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Of attention; 0: the published 64 channels a head, or 16 heads at a width of 1152.")
+    ] = 0,
+    classes: Annotated[str, typer.Option(metavar="FILE", help="Text file of class names, line i for class i.")] = "",
+    path: Annotated[str, typer.Option(metavar="PATH", help="Of a sit: linear, as the published ones, or cosine.")] = "linear",
+) -> None:
+    for option, value, known in (("--kind", kind, ("", "dit", "sit")), ("--path", path, ("linear", "cosine"))):
+        if value not in known:
+            raise UserError(f"{option} {value}: {' or '.join(filter(None, known))} would do.")
+    from d2c_ray.models import published
+
+    spec = published.import_model(file, out, kind, heads, classes, path)
+    print(f"{spec.kind}, depth {spec.depth}, width {spec.width}, {spec.heads} heads, patch {spec.patch}, {spec.num_classes} classes: {out}")
+
+
+@_command("export-model")
+def export_model(
+    model: Annotated[
+        str, typer.Argument(metavar="FOLDER|CONFIG", help="A model folder, or the YAML file of its run, which trains it first if need be.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write. Nothing is written over.")],
+    overrides: Overrides = None,
+    weights: Annotated[str, typer.Option(metavar="WHICH", help="ema, raw, or ema-DECAY of train.ema_also.")] = "ema",
+    arm: Annotated[str, typer.Option(metavar="NAME", help="Which student, where the run has several.")] = "",
+    vae: Annotated[
+        str, typer.Option(metavar="PATH", help="Its AutoencoderKL, a folder or hub name; of a run that of the configuration.")
+    ] = "",
+) -> None:
+    from pathlib import Path
+
+    from d2c_ray.config import VaeConfig
+
+    own = VaeConfig(path=vae)
+    if model.lower().endswith((".yaml", ".yml")):
+        from d2c_ray import pipeline
+        from d2c_ray.config import load
+
+        plan = pipeline.finished(load(model, overrides or []), "train", say=_say)
+        folders = {name: str(nodes["train"].folder / "model") for name, nodes in plan.arms.items()}
+        folder, own = Path(_of_arm(folders, arm, "students")), own if vae else plan.config.vae
+    else:
+        if overrides:
+            raise UserError(f"'{model}' is a folder, to which {overrides[0]} means nothing; changes go with a configuration file.")
+        folder = Path(model).expanduser()
+    from d2c_ray.models.export import export_model as export
+
+    for note in export(folder, Path(out).expanduser(), weights, own):
+        print(f"note: {note}")
+    print(f"a diffusers pipeline, whose README.md says how it is loaded: {out}")
+
+
+def _of_arm(folders: dict[str, str], arm: str, what: str) -> str:
+    """The folder of an arm, which must be named where there are several."""
+    if arm and arm not in folders:
+        from d2c_ray.errors import nearest
+
+        raise UserError(f"--arm {arm}: no such arm; {', '.join(filter(None, folders)) or 'a folder has none'}{nearest(arm, list(folders))}")
+    if not arm and len(set(folders.values())) > 1:
+        raise UserError(f"the run has several {what}; --arm says which: one of {', '.join(folders)}.")
+    return folders[arm] if arm else next(iter(folders.values()))
+
+
+@_command("plan")
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="Give GPU-hours on this device: H100, A100, 'RTX 4090', ...")] = "",
+    mfu: Annotated[float, typer.Option(metavar="SHARE", help="Share of its peak that training is assumed to use.")] = 0.4,
+    images: Annotated[int, typer.Option(min=0, metavar="N", help="Images of the source, where it is not at hand.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="The numbers alone, as JSON.")] = False,
+) -> None:
+    from d2c_ray.config import load
+    from d2c_ray.report import estimate
+
+    found = estimate.collect(load(config, overrides or []), gpu, mfu, images)
+    if as_json:
+        import json
+
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join(estimate.lines(found)))
 
 
 @_command("config")

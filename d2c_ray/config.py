@@ -57,11 +57,15 @@ class VaeConfig:
     subfolder: str = ""  # 'vae' inside a diffusers pipeline folder
     precision: str = "fp32"  # fp32 | bf16 | fp16
     device_batch: int = 8  # images a forward, always
+    encode: str = (
+        "ahead"  # ahead: latents are stored with the condensed dataset | training: pixels are, and each batch is encoded as it is shown
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    kind: str = "sit"  # sit (velocity, linear path) | dit (noise, 1000 steps, learned sigma)
+    kind: str = "sit"  # sit (velocity) | dit (noise, 1000 steps, learned sigma)
+    path: str = "linear"  # of a sit: linear | cosine, from image to noise
     size: str = "L"  # S | B | L | XL; the three fields below override it
     depth: int = 0  # blocks; 0: by size
     width: int = 0  # channels; 0: by size
@@ -73,6 +77,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    # Weights to start from, to fine-tune or (num_images=0) to sample and measure: a model folder of this project, or a published
+    # DiT or SiT (a checkpoint file, or a diffusers pipeline). What they lack starts without effect. Empty: from scratch.
+    start: str = ""
     num_images: int = 12_800_000  # images shown in all; the published 100k steps of 128
     batch_size: int = 128  # images a step, over all workers
     lr: float = 1e-4
@@ -80,8 +87,12 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     ema_decay: float = 0.9999  # a step
+    ema_also: list[float] = field(
+        default_factory=list
+    )  # further decays to keep, [0.999, 0.9996]; sample.weights=ema-0.999 samples with one
     grad_clip: float = 1.0  # norm
-    precision: str = "bf16"  # bf16 (autocast) | fp32
+    precision: str = "bf16"  # bf16 (autocast) | tf32 | fp32
+    compile: bool = False  # torch.compile the model: a minute at the start, faster steps
     class_dropout: float = 0.1  # share of images that see neither class nor text, for guidance
     align_weight: float = 0.5  # lambda, the attach strength of the vision side; 0: off
     align_until: int = 0  # images after which the alignment ends; 0: never
@@ -90,7 +101,9 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 12_800  # images
     checkpoint_every: int = 640_000  # images
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest so many
+    keep_every: int = 0  # images between checkpoints that are kept for good, under kept/; 0: none
+    preview_every: int = 0  # images between grids of samples, under previews/; 0: none
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,9 @@ class TransportConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    selector: str = "interval"  # interval | random | easiest | hardest | medium | stratified
+    selector: str = (
+        "interval"  # interval | random | easiest | hardest | medium | stratified | herding | k_center | gadc | all (every image, no budget)
+    )
     budget: float = 0.008  # images; up to 1: share of the dataset
     balance: str = "equal"  # equal | proportional images a class
     k: int = 0  # interval: every k-th rank
@@ -170,6 +185,9 @@ class VisionConfig:
     encoder: str = "dinov2-b"
     image_size: int = 0  # pixels a side the encoder sees; 0: of DINOv2 a patch for each token of the student (224 at 256 px), else 128
     storage: str = "auto"  # int8 with a scale a token | bf16 | auto: int8 if every token keeps a cosine of 0.999 to bf16
+    encode: str = (
+        "ahead"  # ahead: tokens are stored with the condensed dataset | training: pixels are, and each batch is encoded as it is shown
+    )
     precision: str = "fp32"  # fp32 | bf16 | fp16
     device_batch: int = 32  # images a forward, always
 
@@ -196,30 +214,86 @@ def encoder_key(column: str) -> str:
 @dataclass(frozen=True)
 class SampleConfig:
     num_images: int = 50_000
-    sampler: str = "auto"  # auto | euler (sit) | ddpm (dit)
-    steps: int = 250
+    sampler: str = "auto"  # auto (euler for a sit, ddpm for a dit) | ddpm | ddim | euler | heun | sde | dpm-solver++
+    steps: int = 250  # of which heun takes two forwards each
     guidance: float = 1.5  # 1: none
-    weights: str = "ema"  # ema | raw
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times, 0 data and 1 noise, between which guidance acts
+    guidance_channels: str = "all"  # all | three: of a latent, as the published sampling of DiT and SiT guides
+    weights: str = "ema"  # ema | raw | ema-DECAY of train.ema_also
     class_draw: str = "balanced"  # balanced | random
+    keep: str = "parquet"  # parquet | png | npz (as ADM's evaluator reads, beside the Parquet) | none: features alone, the images never touch a disk
     precision: str = "fp32"  # fp32 | bf16
-    device_batch: int = 64  # images a forward, always; twice that with guidance
+    # Images a forward, always; twice that with guidance. An image does not depend on which others come with it; with another
+    # number here the last bit of its latent may, and with a VAE a pixel by one level.
+    device_batch: int = 64
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    network: str = "efficientnet-lite2"  # efficientnet-lite0 | efficientnet-lite2; not the one trained against
-    image_size: int = 112  # pixels a side the network sees
-    neighbours: int = 3  # k of precision and recall
+    # efficientnet-lite0 | efficientnet-lite2 (come as packages) | inception (of FID; extra d2c-ray[fid]) | a DINOv2 as attach.vision
+    # names them (FD-DINOv2: dinov2-l); not the one trained against.
+    network: str = "efficientnet-lite2"
+    more_networks: list[str] = field(default_factory=list)  # to measure in as well
+    # TorchScript file of the Inception network, which is code: give only one that you would run. Empty: clean-fid's own download,
+    # which is checked to be the published file.
+    inception: str = ""
+    image_size: int = 112  # pixels a side an EfficientNet sees; the others have their own
+    # Statistics to take Fréchet distances to: an .npz with mu and sigma (ADM's reference batches, clean-fid's files), in the features of
+    # `network`. Empty: of the data's own images.
+    reference: str = ""
+    unguided: bool = False  # measure as many images without guidance as well
+    # Images of training after which a student is measured as well, on its way to train.num_images: [3200, 6400]. For curves of quality
+    # against images and seconds, and for comparing students at equal seconds. Cannot change what is trained or measured at the end.
+    at: list[int] = field(default_factory=list)
+    neighbours: int = 3  # k of precision, recall, density and coverage
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000  # images, 3 to 10,000; fewer where there are fewer
+    bootstrap: int = 0  # resamplings behind the intervals of the Fréchet distances; 0: no intervals
+    pairs: int = 16  # generated images that lie closest to a training image, kept to be shown
     max_reference: int = 0  # real images in the reference; 0: all that are not held out
     device_batch: int = 32  # images a forward, always
     seed: int = 0  # which real images are held out
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Where training metrics and previews also go; metrics.jsonl is always there. Extras: d2c-ray[tensorboard], [wandb], [mlflow]."""
+
+    tensorboard: bool = False  # event files under the training's folder
+    wandb: str = ""  # W&B project; empty: off
+    mlflow: str = ""  # MLflow experiment; empty: off
+    mlflow_uri: str = ""  # MLflow tracking server or folder; empty: what the environment says
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     classes: int = 10  # classes shown in pictures
     images_per_class: int = 8
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What `d2c sweep` tries: every point of the axes with every seed."""
+
+    # Field and its values: {select.budget: [0.02, 0.08], train.align_weight: [0, 0.5]}. Searched by random and optuna a range will do
+    # as well: {low: 0.1, high: 2.0, log: true}, {low: 1, high: 9, integer: true}.
+    axes: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # nothing is called better with fewer than three
+    seed_of: list[str] = field(default_factory=lambda: ["train.seed", "select.seed"])  # fields that a seed sets
+    search: str = "grid"  # grid | random | optuna
+    num_points: int = 20  # random, optuna: points to try
+    search_seed: int = 0  # random, optuna
+    # Of frechet, kid, precision, recall, density, coverage, inception_score and gpu_seconds: the first decides which is best;
+    # optuna looks for the best trade of all that are named.
+    metrics: list[str] = field(default_factory=lambda: ["frechet"])
+    equal: str = "images"  # what all trials are given alike: images (train.num_images) | seconds (of making and training)
+    seconds: float = 0.0  # equal=seconds: of every trial, its share of teacher, scoring, selecting and attaching included
+    random_twins: bool = True  # every point is also tried with a random choice of as many images, everything else the same
+    rungs: list[int] = field(default_factory=list)  # ASHA: images after which the worse trials end; for tuning, nothing is compared then
+    reduction: int = 3  # ASHA: one of so many goes on from a rung
+    concurrent: int = 0  # trials at once; 0: as many as the cluster has room for
+    max_failures: int = 2  # times that a trial starts again after its process died
 
 
 @dataclass(frozen=True)
@@ -235,7 +309,13 @@ class ResourcesConfig:
     rows_per_task: int = 256  # images a decode task
     rows_per_partition: int = 10_000_000  # scores ranked at once; with more than that, select runs on Ray
     train_workers: int = 1  # a training
+    train_workers_min: int = 0  # elastic: fewer workers will do, down to so many, and more join as there is room; 0: train_workers, always
     teacher_workers: int = 1
+    micro_batch: int = 0  # images a forward and backward of a training worker, whose gradients add up to the step's; 0: its whole share
+    recompute: bool = False  # training keeps no activations inside blocks and computes them again: less memory, a third more work
+    max_failures: int = 3  # times that a training goes on from its last checkpoint after a worker died; -1: always
+    max_preemptions: int = -1  # the same for nodes that were taken away with notice
+    checkpoint_storage: str = ""  # folder or s3://bucket/prefix for the checkpoints of trainings; empty: in the run folder
     threads: int = 1  # of torch, a process
     encoders_apart: bool = False  # attach: each encoder in an actor pool of its own of so many actors, instead of all in each actor
     cache_dir: str = ""  # where a node keeps uncompressed copies of condensed datasets to train from; empty: the temporary folder
@@ -259,7 +339,9 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     # Students to train and compare, by name: what each changes in select, attach, model or train. None: one student.
     arms: dict[str, Any] = field(default_factory=dict)
 
@@ -271,70 +353,84 @@ DINOV2 = {
     for reg in ("", "-reg")
 }
 EFFICIENTNETS = ("efficientnet-lite0", "efficientnet-lite2")
+INCEPTION = "inception"
 FEATURE_SELECTORS = ("herding", "k_center", "gadc")
 DEFAULT_F = 0.75  # of the interval selector when neither k nor f is given; the published 10K setting
+# By a model's kind and path: what samples it, the first where sample.sampler=auto. diffusers' DPM-Solver++ knows no cosine path.
+SAMPLERS = {
+    ("sit", "linear"): ("euler", "heun", "sde", "dpm-solver++"),
+    ("sit", "cosine"): ("euler", "heun", "sde"),
+    ("dit", "linear"): ("ddpm", "ddim", "dpm-solver++"),
+}
+DIT_STEPS = {"ddpm": 1000, "ddim": 1000, "dpm-solver++": 999}  # the most that fit a dit's schedule
 ARM_SECTIONS = ("select", "attach", "model", "train")
 
 CHOICES = {
     "data.source": ("auto", "digits", "folder", "parquet", "webdataset"),
     "data.channels": (1, 3),
     "vae.precision": ("fp32", "bf16", "fp16"),
+    "vae.encode": ("ahead", "training"),
     "model.kind": ("sit", "dit"),
+    "model.path": ("linear", "cosine"),
+    "teacher.model.path": ("linear", "cosine"),
     "model.size": tuple(MODEL_SIZES),
     "teacher.model.kind": ("sit", "dit"),
     "teacher.model.size": tuple(MODEL_SIZES),
-    "train.precision": ("fp32", "bf16"),
-    "teacher.train.precision": ("fp32", "bf16"),
+    "train.precision": ("fp32", "tf32", "bf16"),
+    "teacher.train.precision": ("fp32", "tf32", "bf16"),
     "score.precision": ("fp32", "bf16", "fp16"),
     "embed.encoder": ("efficientnet-lite0", "efficientnet-lite2"),
-    "select.selector": ("interval", "random", "easiest", "hardest", "medium", "stratified", *FEATURE_SELECTORS),
+    "select.selector": ("interval", "random", "easiest", "hardest", "medium", "stratified", *FEATURE_SELECTORS, "all"),
     "select.balance": ("equal", "proportional"),
     "attach.text.precision": ("fp32", "bf16", "fp16"),
-    "sample.sampler": ("auto", "euler", "ddpm"),
-    "sample.weights": ("ema", "raw"),
+    "sample.sampler": ("auto", "ddpm", "ddim", "euler", "heun", "sde", "dpm-solver++"),
+    "sample.guidance_channels": ("all", "three"),
+    "sample.keep": ("parquet", "png", "npz", "none"),
     "sample.class_draw": ("balanced", "random"),
     "sample.precision": ("fp32", "bf16"),
-    "evaluate.network": ("efficientnet-lite0", "efficientnet-lite2"),
+    "sweep.search": ("grid", "random", "optuna"),
+    "sweep.equal": ("images", "seconds"),
 }
+
+MOST_IN_A_KID_SUBSET = 10_000
 
 # The smallest value that makes sense, where that is not obvious from the type.
 MINIMUM = {
     "data.image_size": 4, "data.rows_per_shard": 1, "data.max_pixels": 1, "data.limit_per_class": 0,
     "vae.device_batch": 1, "model.patch": 1, "teacher.model.patch": 1, "model.align_hidden": 1,
-    "train.num_images": 1, "train.batch_size": 1, "train.log_every": 1, "train.checkpoint_every": 1,
+    "train.num_images": 0, "train.batch_size": 1, "train.keep_every": 0, "train.preview_every": 0, "train.warmup_images": 0, "train.align_until": 0, "train.weight_decay": 0,
+    "teacher.train.keep_every": 0, "teacher.train.preview_every": 0, "teacher.train.warmup_images": 0, "teacher.train.align_until": 0, "teacher.train.weight_decay": 0, "train.log_every": 1, "train.checkpoint_every": 1,
     "train.keep_checkpoints": 1, "teacher.train.num_images": 1, "teacher.train.batch_size": 1,
     "teacher.train.log_every": 1, "teacher.train.checkpoint_every": 1, "teacher.train.keep_checkpoints": 1,
     "score.num_timesteps": 1, "score.device_batch": 1, "embed.image_size": 32, "embed.device_batch": 1, "select.k": 0, "select.strata": 1, "attach.text.tokens": 1,
     "select.transport.iterations": 1, "select.transport.swap_rounds": 0, "select.transport.verify": 0, "select.transport.max_class": 1,
     "attach.text.device_batch": 1, "attach.rows_per_part": 1,
     "sample.num_images": 1, "sample.steps": 1, "sample.device_batch": 1, "evaluate.image_size": 32,
-    "evaluate.neighbours": 1, "evaluate.max_reference": 0, "evaluate.device_batch": 1,
+    "evaluate.neighbours": 1, "evaluate.max_reference": 0, "evaluate.device_batch": 1, "evaluate.kid_subsets": 1, "evaluate.kid_subset_size": 3,
+    "evaluate.bootstrap": 0, "evaluate.pairs": 0,
+    "sweep.num_points": 1, "sweep.reduction": 2, "sweep.concurrent": 0, "sweep.max_failures": 0,
     "report.classes": 1, "report.images_per_class": 1, "resources.rows_per_task": 1, "resources.train_workers": 1,
-    "resources.teacher_workers": 1, "resources.threads": 1, "resources.actors": 0, "resources.num_cpus": 0,
+    "resources.teacher_workers": 1, "resources.threads": 1, "resources.actors": 0, "resources.train_workers_min": 0, "resources.micro_batch": 0, "resources.max_failures": -1, "resources.max_preemptions": -1, "resources.num_cpus": 0,
     "resources.min_actors": 0, "resources.rows_per_partition": 1, "storage.attempts": 1,
 }  # fmt: skip
 
 
 def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The configuration of a YAML file with `key=value` overrides on top.
+    """The configuration of a YAML file, on top of the files that it names as its base, with `key=value` overrides on top of it.
 
     Raises:
-        UserError: no such file, YAML that does not parse, an unknown key (named with the nearest known one), a value
-            of the wrong type or out of range.
+        UserError: no such file, YAML that does not parse, a base that is not there or leads back to the file, an unknown
+            key (named with the nearest known one), a value of the wrong type or out of range.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     layers: list[Any] = []
     if path is not None:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no configuration file at '{path}'. The presets are in configs/, for example configs/quickstart.yaml.")
-        try:
-            layers.append(OmegaConf.load(path))
-        except YAMLError as error:
-            raise UserError(f"'{path}' is not YAML: {error}") from error
+        layers += _with_bases(path)
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -351,6 +447,51 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
         run = {**to_dict(config)["run"], "name": path.stem if path is not None else "run"}
         config = from_dict({**merged, "run": run})
     return config
+
+
+def evaluate_options(overrides: list[str] | tuple[str, ...], values: dict[str, Any]) -> EvaluateConfig:
+    """How to measure images that belong to no run: `evaluate.*` overrides, with `values` on top.
+
+    Raises:
+        UserError: a key of another section, else as `load`.
+    """
+    for override in overrides:
+        if not override.startswith("evaluate."):
+            raise UserError(
+                f"'{override}' means nothing to images that belong to no run; evaluate.* alone does, for example evaluate.bootstrap=100."
+            )
+    # No student is aligned with anything here, so that any network may measure.
+    base = load(None, ["attach.vision.encoder=none", "train.align_weight=0", *overrides])
+    merged = to_dict(base)
+    return from_dict({**merged, "evaluate": {**merged["evaluate"], **values}}).evaluate
+
+
+def _with_bases(path: Path) -> list[Any]:
+    """What a file holds behind what its `base: other.yaml` (relative to the file) holds, and so on: the deepest base first."""
+    from omegaconf import DictConfig, OmegaConf
+    from yaml import YAMLError
+
+    layers: list[Any] = []
+    chain: list[Path] = []
+    while True:
+        chain.append(path.resolve())
+        try:
+            layer = OmegaConf.load(path)
+        except (YAMLError, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"'{path}' is not YAML: {error}") from error
+        base = layer.pop("base", None) if isinstance(layer, DictConfig) else None
+        layers.insert(0, layer)
+        if base is None:
+            return layers
+        if not isinstance(base, str) or not base:
+            raise UserError(f"'{path}': base: {base!r} is no file name; base: other.yaml, relative to the file, would do.")
+        given, path = path, path.parent / base
+        if not path.is_file():
+            raise UserError(f"'{given}' says base: {base}, and there is no file at '{path}'.")
+        if path.resolve() in chain:
+            raise UserError(
+                f"'{given}' says base: {base}, which leads back to itself: {' -> '.join(found.name for found in chain)} -> {path.name}."
+            )
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -386,6 +527,12 @@ def to_yaml(config: Config) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def in_training(config: Config) -> list[str]:
+    """What is encoded while training, of pixels that are stored: 'latent', and the columns that vision tokens would have."""
+    online = [column for column, vision in config.attach.encoders().items() if vision.encode == "training"]
+    return [*(["latent"] if config.vae.path and config.vae.encode == "training" else []), *online]
 
 
 def arm_configs(config: Config) -> dict[str, Config]:
@@ -435,13 +582,25 @@ def check(config: Config) -> None:
         if not 0.0 <= get(config, key) <= 1.0:
             raise UserError(f"{key}={get(config, key)} is a share; 0 to 1 would do.")
     for key in ("train.lr", "teacher.train.lr", "train.grad_clip", "teacher.train.grad_clip"):
-        if not get(config, key) > 0.0:
-            raise UserError(f"{key}={get(config, key)} must be above 0.")
+        if not 0.0 < get(config, key) < float("inf"):
+            raise UserError(f"{key}={get(config, key)} must be above 0 and finite.")
     for key in ("train.align_weight", "train.text_strength"):
         if get(config, key) < 0.0:
             raise UserError(f"{key}={get(config, key)} must be 0 (off) or above.")
-    if config.sample.guidance < 1.0:
-        raise UserError(f"sample.guidance={config.sample.guidance}: 1 is no guidance, above 1 strengthens it.")
+    for where, train in (("train", config.train), ("teacher.train", config.teacher.train)):
+        if not all(0.0 <= beta < 1.0 for beta in train.betas):
+            raise UserError(f"{where}.betas={list(train.betas)}: 0 to below 1 each would do, for example [0.9, 0.999].")
+        if not all(0.0 <= decay <= 1.0 for decay in train.ema_also):
+            raise UserError(f"{where}.ema_also={train.ema_also}: every decay is a share, 0 to 1.")
+        if len({train.ema_decay, *train.ema_also}) <= len(train.ema_also):
+            raise UserError(f"{where}.ema_also={train.ema_also} names a decay twice; {where}.ema_decay={train.ema_decay} is kept anyway.")
+        if not train.num_images and not train.start:
+            raise UserError(f"{where}.num_images=0 trains nothing; with {where}.start a given model is sampled and measured as it is.")
+    weights = ["ema", "raw", *(f"ema-{decay}" for decay in config.train.ema_also)]
+    if config.sample.weights not in weights:
+        raise UserError(
+            f"sample.weights={config.sample.weights!r} is unknown; one of {', '.join(weights)}{nearest(config.sample.weights, weights)}"
+        )
     if not 0.0 <= config.score.t_min < config.score.t_max <= 1.0:
         raise UserError(f"score.t_min={config.score.t_min}, score.t_max={config.score.t_max}: 0 <= t_min < t_max <= 1 would do.")
 
@@ -471,6 +630,8 @@ def check(config: Config) -> None:
             raise UserError(f"{where}: width {width} does not split into {heads} heads of an even number of channels.")
         if width % 4:
             raise UserError(f"{where}.width={width}: the two-dimensional position embedding needs a multiple of 4.")
+        if model.kind == "dit" and model.path != "linear":
+            raise UserError(f"{where}.path={model.path} is of a sit; a dit has its own schedule: {where}.kind=sit, or leave the path out.")
         if model.align_depth > depth:
             raise UserError(f"{where}.align_depth={model.align_depth} is deeper than the model's {depth} blocks.")
         if not config.vae.path and config.data.image_size % model.patch:
@@ -493,28 +654,64 @@ def check(config: Config) -> None:
             raise UserError(
                 f"attach.text.template='{template}' cannot be filled in ({error!r}); {{name}} and {{first}} are the only fields."
             ) from None
+    for key in ("tracking.mlflow_uri", "storage.endpoint"):
+        if "@" in get(config, key).partition("://")[2].partition("/")[0]:
+            # It would be written into config.yaml and sent to trackers.
+            how = (
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                if "mlflow" in key
+                else "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+            raise UserError(
+                f"{key} holds a user name or a password, which a configuration is no place for; {how} in the environment would do."
+            )
     if not config.storage.timeout_sec > 0:
         raise UserError(f"storage.timeout_sec={config.storage.timeout_sec} must be above 0.")
     if config.score.cache_latents and not config.vae.path:
         raise UserError("score.cache_latents=true without a VAE (vae.path): pixels are their own latents.")
+    if config.vae.encode == "training" and not config.vae.path:
+        raise UserError("vae.encode=training without a VAE (vae.path): pixels are their own latents.")
+    if config.score.cache_latents and config.vae.encode == "training":
+        raise UserError(
+            "score.cache_latents=true keeps latents for attach, which stores none with vae.encode=training; leave one of the two out."
+        )
     resources = config.resources
+    if resources.train_workers_min > resources.train_workers:
+        raise UserError(
+            f"resources.train_workers_min={resources.train_workers_min} is above resources.train_workers={resources.train_workers}."
+        )
     if resources.actors and resources.min_actors > resources.actors:
         raise UserError(f"resources.min_actors={resources.min_actors} is above resources.actors={resources.actors}.")
     if resources.autoscaling and not resources.actors:
         raise UserError("resources.autoscaling=true needs resources.actors, the most actors that a pool may grow to.")
-    if config.model.kind == "dit" and config.sample.steps > 1000:
-        raise UserError(f"sample.steps={config.sample.steps}: a dit's schedule has 1000 steps.")
     if "://" in config.run.dir:
         raise UserError(f"run.dir={config.run.dir}: run folders lie on a local or mounted file system in this version.")
-    wanted = {"sit": "euler", "dit": "ddpm"}[config.model.kind]
-    if config.sample.sampler not in ("auto", wanted):
-        raise UserError(f"sample.sampler={config.sample.sampler} does not fit model.kind={config.model.kind}; '{wanted}' would do.")
-    if config.evaluate.network == config.embed.encoder and config.select.selector in FEATURE_SELECTORS:
-        raise UserError(
-            f"evaluate.network={config.evaluate.network} is also the space that select.selector={config.select.selector} chooses in (embed.encoder); "
-            "a distance in its features would flatter it. Take another, for example efficientnet-lite0."
-        )
+    _check_sample(config)
+    _check_networks(config)
     arm_configs(config) if config.arms else None
+
+
+def _check_sample(config: Config) -> None:
+    sample, model = config.sample, config.model
+    fitting = SAMPLERS[model.kind, model.path]
+    name = fitting[0] if sample.sampler == "auto" else sample.sampler
+    if name not in fitting:
+        of = model.kind if model.kind == "dit" else f"{model.kind} model.path={model.path}"
+        raise UserError(
+            f"sample.sampler={name} does not fit model.kind={of}; one of {', '.join(fitting)} would do, or auto ({fitting[0]})."
+        )
+    if model.kind == "dit" and sample.steps > DIT_STEPS[name]:
+        raise UserError(
+            f"sample.steps={sample.steps}: a dit's schedule has 1000 steps, of which {name} takes {DIT_STEPS[name]} at most; fewer would do."
+        )
+    if sample.guidance < 1.0:
+        raise UserError(f"sample.guidance={sample.guidance}: 1 is no guidance, above 1 strengthens it.")
+    low, high = sample.guidance_interval
+    if not 0.0 <= low < high <= 1.0:
+        raise UserError(
+            f"sample.guidance_interval={[low, high]}: from a time to a later one, 0 (data) to 1 (noise), would do, for example [0, 0.7]; "
+            "sample.guidance=1 is no guidance."
+        )
 
 
 def _check_vision(config: Config) -> None:
@@ -523,7 +720,11 @@ def _check_vision(config: Config) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name.endswith("scale"):
             raise UserError(f"attach.also.{name}: a name of small letters, digits and underscores that does not end in 'scale' would do.")
     for key, vision in {"attach.vision": attach.vision, **{f"attach.also.{name}": also for name, also in attach.also.items()}}.items():
-        for field_name, allowed in (("storage", ("auto", "int8", "bf16")), ("precision", ("fp32", "bf16", "fp16"))):
+        for field_name, allowed in (
+            ("storage", ("auto", "int8", "bf16")),
+            ("precision", ("fp32", "bf16", "fp16")),
+            ("encode", ("ahead", "training")),
+        ):
             value = getattr(vision, field_name)
             if value not in allowed:
                 raise UserError(f"{key}.{field_name}={value!r} is unknown; one of {', '.join(allowed)}{nearest(value, list(allowed))}")
@@ -532,11 +733,6 @@ def _check_vision(config: Config) -> None:
         if vision.device_batch < 1:
             raise UserError(f"{key}.device_batch={vision.device_batch} is too small; 1 or more would do.")
         _check_encoder(f"{key}.encoder", vision.encoder, ["none", *DINOV2, *EFFICIENTNETS])
-        if config.evaluate.network == vision.encoder:
-            raise UserError(
-                f"evaluate.network={config.evaluate.network} is also a network that students are aligned with ({key}.encoder); "
-                "a distance in its features would flatter them. Take another, for example efficientnet-lite2."
-            )
     _check_encoder("attach.text.encoder", attach.text.encoder, ["none", "minilm"])
     active = [column.removeprefix("vision_") for column in attach.encoders()]
     if active and "vision" not in active and not train.align_with and train.align_weight > 0:
@@ -548,6 +744,43 @@ def _check_vision(config: Config) -> None:
         raise UserError(
             f"train.align_with={train.align_with!r} is no encoder of attach.also ({', '.join(known) or 'which is empty'}){nearest(train.align_with, known)} "
             "Empty aligns with attach.vision."
+        )
+
+
+def flattering(config: Config, network: str) -> str | None:
+    """Why distances in a network's features flatter the student; None where they do not.
+
+    The main network is refused for it. In a further one the number is worth having beside the main one's, so that it is only said.
+    """
+    attach = config.attach
+    for key, vision in {"attach.vision": attach.vision, **{f"attach.also.{name}": also for name, also in attach.also.items()}}.items():
+        if DINOV2.get(network, network) == DINOV2.get(vision.encoder, vision.encoder):
+            return f"also a network that students are aligned with ({key}.encoder)"
+    if network == config.embed.encoder and config.select.selector in FEATURE_SELECTORS:
+        return f"also the space that select.selector={config.select.selector} chooses in (embed.encoder)"
+    return None
+
+
+def _check_networks(config: Config) -> None:
+    evaluate = config.evaluate
+    if evaluate.kid_subset_size > MOST_IN_A_KID_SUBSET:
+        raise UserError(
+            f"evaluate.kid_subset_size={evaluate.kid_subset_size:,} is too many: a subset's kernel is held whole, {MOST_IN_A_KID_SUBSET:,} x {MOST_IN_A_KID_SUBSET:,} at most "
+            f"({8 * MOST_IN_A_KID_SUBSET**2 / 2**30:.1f} GiB); 3 to {MOST_IN_A_KID_SUBSET:,} would do, and 1,000 is usual."
+        )
+    known = [*EFFICIENTNETS, INCEPTION, *DINOV2]
+    for key, network in (("evaluate.network", evaluate.network), *(("evaluate.more_networks", name) for name in evaluate.more_networks)):
+        _check_encoder(key, network, known)
+    several = [evaluate.network, *evaluate.more_networks]
+    twice = [name for name in several if several.count(name) > 1]
+    if twice:
+        raise UserError(f"evaluate.more_networks names {twice[0]} twice, or as evaluate.network does; every network is measured in once.")
+    why = flattering(config, evaluate.network)
+    if why:
+        other = next((name for name in EFFICIENTNETS[::-1] if not flattering(config, name)), "dinov2-l")
+        raise UserError(
+            f"evaluate.network={evaluate.network} is {why}; a distance in its features would flatter them. Take another, for example {other}; "
+            "evaluate.more_networks may name it, and the measures then say so."
         )
 
 
@@ -569,6 +802,11 @@ def get(config: Any, key: str) -> Any:
 
 def describe() -> dict[str, Any]:
     """Every dotted key with its default, in the order of the file."""
+    return dotted(Config())
+
+
+def dotted(config: Config) -> dict[str, Any]:
+    """Every dotted key with its value, in the order of the file."""
     found: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -579,7 +817,7 @@ def describe() -> dict[str, Any]:
             else:
                 found[prefix + item.name] = value
 
-    walk(Config(), "")
+    walk(config, "")
     return found
 
 

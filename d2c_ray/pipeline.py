@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from d2c_ray import plan as plans
-from d2c_ray.config import CHOICES, Config, EmbedConfig, to_yaml
+from d2c_ray import tracking
+from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, to_yaml
 from d2c_ray.errors import UserError, nearest
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
 from d2c_ray.rundir import Lock, versions, write_json, write_text
 
-ON_RAY = {"teacher", "score", "embed", "attach", "train", "sample", "reference", "evaluate"}
+ON_RAY = {"teacher", "score", "embed", "attach", "train", "sample", "unguided", "reference", "evaluate"}
 WORKERS_OF = {"train": "train_workers", "teacher": "teacher_workers"}
 Say = Callable[[str], None]
 
@@ -57,11 +58,15 @@ def compare_selectors(config: Config, names: list[str], say: Say = print) -> tup
     Raises:
         UserError: an unknown selector; else as `run`.
     """
-    known = CHOICES["select.selector"]
+    known = tuple(name for name in CHOICES["select.selector"] if name != "all")  # which every subset is compared with
     for name in names:
         if name not in known:
             raise UserError(f"--only {name}: no such selector; one of {', '.join(map(str, known))}{nearest(name, list(map(str, known)))}")
     arms = {str(name): {"select": {"selector": str(name)}} for name in known if not names or name in names}
+    if config.evaluate.network not in EFFICIENTNETS:
+        raise UserError(
+            f"evaluate.network={config.evaluate.network}: subsets are compared in features that an embed stage makes; one of {', '.join(EFFICIENTNETS)} would do."
+        )
     space = EmbedConfig(config.evaluate.network, config.evaluate.image_size, config.evaluate.device_batch)
     plan = run(replace(config, arms=arms), "select", say, record=False)
     # Nothing is selected in the space that measures; `check` has refused that for the selectors that look at features.
@@ -74,6 +79,7 @@ def compare_selectors(config: Config, names: list[str], say: Say = print) -> tup
 
 def _run(plan: Plan, upto: str, say: Say, record: bool) -> Plan:
     config = plan.config
+    tracking.check(config.tracking)
     status = Status(plan, record)
     if record:
         write_text(plan.folder / "config.yaml", to_yaml(config))
@@ -104,7 +110,7 @@ def _run(plan: Plan, upto: str, say: Say, record: bool) -> Plan:
 
 def _on_ray(node: Node, rows: int) -> bool:
     """Whether a stage needs Ray; select does where it looks at features, or has more rows than it ranks at once."""
-    many = rows > node.config.resources.rows_per_partition
+    many = rows > node.config.resources.rows_per_partition and "score" in node.inputs
     return node.stage in ON_RAY or (node.stage == "select" and (many or "embed" in node.inputs))
 
 
@@ -142,7 +148,7 @@ def _schedule(waiting: list[Node], running: dict["Future[float]", tuple[Node, in
             say(f"{_title(node, status)}: done in {clock(future.result())}")
             if node.stage == "score":
                 _say_stability(node.dir.success()["facts"], say)
-            if node.stage == "select":
+            if node.stage in ("select", "evaluate"):
                 for notice in node.dir.success()["facts"].get("notices", []):
                     say(f"{_title(node, status)}: {notice}")
         time.sleep(0.05)
@@ -203,7 +209,7 @@ def stage_function(stage: str) -> Stage:
     """The function of a stage; its module is imported when it is first needed."""
     from importlib import import_module
 
-    return import_module(f"d2c_ray.stages.{stage}").run
+    return import_module(f"d2c_ray.stages.{plans.SAME_AS.get(stage, stage)}").run
 
 
 def _check_counts(node: Node, result: Result) -> None:

@@ -8,18 +8,19 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d2c_ray.config import FEATURE_SELECTORS, Config, arm_configs, encoder_key, to_dict
-from d2c_ray.data import manifest
+from d2c_ray.config import FEATURE_SELECTORS, Config, ModelConfig, TrainConfig, arm_configs, encoder_key, in_training, to_dict
+from d2c_ray.data import manifest, reference_stats
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen, latents, offline, teachers, text, vision
+from d2c_ray.models import frozen, latents, networks, offline, teachers, text, vision
 from d2c_ray.rundir import StageDir
 from d2c_ray.selection import rank
+from d2c_ray.training import online
 from d2c_ray.training.batches import BLOCK
 
 # In the order they run. Raise a stage's number when the same configuration starts to give another result.
@@ -31,13 +32,23 @@ VERSIONS = {
     "select": 2,
     "attach": 2,
     "train": 1,
-    "sample": 1,
-    "reference": 1,
-    "evaluate": 1,
+    "sample": 2,
+    "reference": 3,
+    "evaluate": 3,
 }
-FOLDERS = {"score": "scores", "embed": "features", "select": "selection", "attach": "condensed", "sample": "samples", "evaluate": "eval"}
+FOLDERS = {
+    "score": "scores",
+    "embed": "features",
+    "select": "selection",
+    "attach": "condensed",
+    "sample": "samples",
+    "unguided": "samples",
+    "evaluate": "eval",
+}
+# A stage that is another one with other settings: the same function, version and hash, so that what one made the other finds.
+SAME_AS = {"unguided": "sample"}
 READS = {"interval": ("k", "f"), "random": ("seed",), "stratified": ("strata", "cutoff", "seed"), "gadc": ("seed",)}  # of select
-TRAIN_KNOBS = ("log_every", "checkpoint_every", "keep_checkpoints")
+TRAIN_KNOBS = ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "preview_every")
 
 
 @dataclass
@@ -120,17 +131,18 @@ def make(config: Config, upto: str = "report") -> Plan:
         for stage, (inputs, hashed) in STAGES.items():
             if stage not in known or any(name not in mine for name in inputs(own)):
                 continue
+            config_of = unguided(own) if stage == "unguided" else own
             try:
                 with nullcontext() if stage in wanted else offline.only_local():
-                    settings = hashed(own)
+                    settings = hashed(config_of)
             except UserError:
                 if stage in wanted:
                     raise
                 continue  # its weights are not at hand, and nothing that is asked for needs them
             given = {name: mine[name] for name in inputs(own)}
             facts = {
-                "stage": stage,
-                "version": VERSIONS[stage],
+                "stage": SAME_AS.get(stage, stage),
+                "version": VERSIONS[SAME_AS.get(stage, stage)],
                 "inputs": {name: node.hash for name, node in given.items()},
                 "config": settings,
             }
@@ -138,7 +150,7 @@ def make(config: Config, upto: str = "report") -> Plan:
                 facts["source"] = source
             digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
             name = f"{FOLDERS.get(stage, stage)}-{digest}"
-            node = nodes.setdefault(name, Node(stage, own, given, digest, folder / name))
+            node = nodes.setdefault(name, Node(stage, config_of, given, digest, folder / name))
             node.arms.append(arm)
             mine[stage] = node
         arms[arm] = mine
@@ -167,6 +179,12 @@ def _latent(config: Config) -> dict[str, Any]:
     return {**_image(config), "latent": latents.latent_facts(config), **_pick(config.vae, "precision", "device_batch")}
 
 
+def _in_training(config: Config) -> dict[str, Any]:
+    """What the dataset holds as pixels alone; nothing is said where it holds all, as before there was a choice."""
+    names = in_training(config)
+    return {"in_training": names} if names else {}
+
+
 def _manifest(config: Config) -> dict[str, Any]:
     return _pick(config.data, "source", "image_column", "label_column", "limit_per_class", "rows_per_shard")
 
@@ -179,9 +197,10 @@ def _teacher(config: Config) -> dict[str, Any]:
         return {"checkpoint": teachers.content_hash(folder), "classes": classes}
     return {
         **_latent(config),
+        **({"in_training": ["latent"]} if "latent" in in_training(config) else {}),
         "flip": config.data.flip,
         "model": to_dict(config.teacher.model),
-        "train": _without(config.teacher.train, *TRAIN_KNOBS),
+        "train": _training(config.teacher.train),
     }
 
 
@@ -195,6 +214,8 @@ def _embed(config: Config) -> dict[str, Any]:
 
 def _select(config: Config) -> dict[str, Any]:
     select = config.select
+    if select.selector == "all":
+        return _pick(select, "selector")
     found = {**_pick(select, "selector", "budget", "balance"), **_pick(select, *READS.get(select.selector, ()))}
     if select.selector == "gadc":
         # A class that is too large is refused, and a dummy source of one cost for all cancels.
@@ -206,6 +227,7 @@ def _attach(config: Config) -> dict[str, Any]:
     options, grid = config.attach, latents.grid_side(latents.latent_facts(config), config.model)
     return {
         **_latent(config),
+        **_in_training(config),
         "flip": config.data.flip,
         "grid": grid,
         "rows_per_part": options.rows_per_part,
@@ -214,6 +236,7 @@ def _attach(config: Config) -> dict[str, Any]:
         "vision": {
             column: {**_without_name(vision.facts(own, grid, encoder_key(column))), "storage": own.storage}
             for column, own in options.encoders().items()
+            if column not in in_training(config)  # of which the dataset holds nothing: its training is named by them
         },
     }
 
@@ -223,20 +246,53 @@ def _without_name(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(config: Config) -> dict[str, Any]:
-    return {"model": to_dict(config.model), "train": _without(config.train, *TRAIN_KNOBS)}
+    found = {"model": to_dict(config.model), "train": _training(config.train)}
+    column = online.column(config.train.align_with)
+    if column in in_training(config) and config.train.align_weight > 0:
+        grid = latents.grid_side(latents.latent_facts(config), config.model)
+        found["vision"] = _without_name(vision.facts(config.attach.encoders()[column], grid, encoder_key(column)))
+    return found
+
+
+def _training(options: TrainConfig) -> dict[str, Any]:
+    """What of a training's options can change its result; where it starts by what the weights are, not by where they lie."""
+    found = _without(options, *TRAIN_KNOBS)
+    if options.start:
+        from d2c_ray.models import published
+
+        found["start"] = published.facts(options.start)["hash"]
+    return found
 
 
 def _sample(config: Config) -> dict[str, Any]:
-    return to_dict(config.sample)
+    found = to_dict(config.sample)
+    if config.sample.keep == "none":  # features are made with the images
+        found |= {"networks": list(networks.every(config.evaluate).values()), "networks_batch": config.evaluate.device_batch}
+    return found
+
+
+def unguided(config: Config) -> Config:
+    """The configuration that samples the same images without guidance."""
+    return replace(config, sample=replace(config.sample, guidance=1.0, guidance_interval=(0.0, 1.0), guidance_channels="all"))
 
 
 def _reference(config: Config) -> dict[str, Any]:
-    network = {"weights": frozen.file_hash(frozen.weights_file(config.evaluate.network)), **_without(config.evaluate, "neighbours")}
-    return {**_image(config), **network, "held_out": config.sample.num_images}
+    evaluate = config.evaluate
+    return {
+        **_image(config), **_pick(evaluate, "max_reference", "device_batch", "seed"), "held_out": config.sample.num_images,
+        "networks": list(networks.every(evaluate).values()),
+    }  # fmt: skip
 
 
 def _evaluate(config: Config) -> dict[str, Any]:
-    return _pick(config.evaluate, "neighbours")
+    evaluate = config.evaluate
+    found = _pick(evaluate, "neighbours", "kid_subsets", "kid_subset_size", "bootstrap", "pairs", "seed")
+    # By what the file holds, not by where it lies.
+    if evaluate.reference:
+        width = networks.facts(evaluate.network, evaluate)["width"]
+        given = reference_stats.read("evaluate.reference", Path(evaluate.reference), width, evaluate.network)
+        found["reference"] = reference_stats.content_hash(given)
+    return found
 
 
 def _reads(*stages: str) -> Callable[[Config], tuple[str, ...]]:
@@ -244,8 +300,19 @@ def _reads(*stages: str) -> Callable[[Config], tuple[str, ...]]:
 
 
 def _selects_from(*stages: str) -> Callable[[Config], tuple[str, ...]]:
-    # A random choice needs no table, but is made among the images that can be decoded.
-    return lambda config: ("embed" if config.select.selector in FEATURE_SELECTORS else "score", *stages)
+    def reads(config: Config) -> tuple[str, ...]:
+        if config.select.selector == "all":  # attach finds out which images can be decoded
+            return stages
+        # A random choice needs no table, but is made among the images that can be decoded.
+        return ("embed" if config.select.selector in FEATURE_SELECTORS else "score", *stages)
+
+    return reads
+
+
+def _measured(config: Config) -> tuple[str, ...]:
+    # Without guidance (a scale of 1) the images are unguided already.
+    twice = config.evaluate.unguided and config.sample.guidance != 1.0
+    return ("manifest", "attach", "sample", *(("unguided",) if twice else ()), "reference")
 
 
 # Stage: (its inputs, what of the configuration can change its result).
@@ -258,8 +325,9 @@ STAGES: dict[str, tuple[Callable[[Config], tuple[str, ...]], Callable[[Config], 
     "attach": (_selects_from("manifest", "select"), _attach),  # the score table may have kept latents
     "train": (_reads("manifest", "attach"), _train),
     "sample": (_reads("train"), _sample),
+    "unguided": (_reads("train"), _sample),  # of the configuration `unguided` gives
     "reference": (_reads("manifest"), _reference),
-    "evaluate": (_reads("manifest", "attach", "sample", "reference"), _evaluate),
+    "evaluate": (_measured, _evaluate),
 }
 
 
@@ -298,12 +366,13 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
 
     Raises:
         UserError: a budget that does not fit, a class without a name while text is on, a teacher of other classes, too
-            few images to evaluate with, a batch that does not divide.
+            few images to evaluate with, a batch of fewer blocks than workers.
     """
     config, rows, names, sizes = plan.config, data["rows"], data["class_names"], np.asarray(data["class_counts"])
     for arm, own in arm_configs(config).items():
         try:
-            rank.quotas(sizes, rank.budget_images(own.select.budget, rows), own.select.balance)
+            if own.select.selector != "all":
+                rank.quotas(sizes, rank.budget_images(own.select.budget, rows), own.select.balance)
         except UserError as error:
             raise UserError(str(error) if len(plan.arms) == 1 else f"arm '{arm}': {error}") from None
         if own.select.selector == "gadc" and sizes.max() > own.select.transport.max_class:
@@ -312,6 +381,10 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
                 f"{f'arm {arm!r}: ' if len(plan.arms) > 1 else ''}select.selector=gadc holds the distances of a class's images to each other: label {largest} "
                 f"has {sizes[largest]}, select.transport.max_class={own.select.transport.max_class} allows that for fewer ({8 * int(sizes[largest]) ** 2 / 2**30:.1f} GiB would be needed)."
             )
+        if own.train.start and "train" in plan.arms[arm]:  # which is planned only where the encoders are at hand
+            states = text.facts(own.attach.text) if own.attach.text.encoder != "none" else None
+            shape = (states["tokens"], states["width"]) if states else None
+            _check_start("train.start", own, own.model, own.train.start, len(names), shape)
         _check_batch("train.batch_size", own.train.batch_size, config.resources.train_workers)
         if own.attach.text.encoder != "none":
             nameless = [label for label, size in enumerate(sizes) if size and not names[label]]
@@ -323,6 +396,8 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
     if config.teacher.checkpoint:
         _, known = checked_checkpoint(config)
         teachers.class_map(names, data["class_counts"], known, config.teacher.classes)
+    elif config.teacher.train.start:
+        _check_start("teacher.train.start", config, config.teacher.model, config.teacher.train.start, len(names), None)
     _check_batch("teacher.train.batch_size", config.teacher.train.batch_size, config.resources.teacher_workers)
     if min(rows // 2, config.sample.num_images) <= config.evaluate.neighbours + 1:
         raise UserError(
@@ -330,11 +405,18 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
         )
 
 
+def _check_start(key: str, config: Config, model: ModelConfig, start: str, classes: int, text: tuple[int, int] | None) -> None:
+    from d2c_ray.models import published
+
+    spec = latents.transformer_spec(model, latents.latent_facts(config), max(1, classes), text, 0, start)
+    published.check(key, start, spec)
+
+
 def _check_batch(key: str, batch: int, workers: int) -> None:
-    whole = workers * BLOCK
-    if workers > 1 and batch % whole:
+    blocks = -(-batch // BLOCK)
+    if blocks < workers:
         raise UserError(
-            f"{key}={batch} does not divide into {workers} workers in blocks of {BLOCK}; {whole * max(1, batch // whole)} would do."
+            f"{key}={batch} is {blocks} blocks of {BLOCK} images, too few for {workers} workers, which take whole ones; {BLOCK * workers} would do."
         )
 
 

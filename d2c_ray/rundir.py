@@ -123,7 +123,19 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in ("d2c-ray", "torch", "ray", "numpy", "pyarrow", "pillow", "transformers", "diffusers", "tokenizers", "safetensors"):
+    for package in (
+        "d2c-ray",
+        "torch",
+        "ray",
+        "numpy",
+        "pyarrow",
+        "pillow",
+        "transformers",
+        "diffusers",
+        "tokenizers",
+        "safetensors",
+        "clean-fid",
+    ):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     commit = _commit()

@@ -87,4 +87,5 @@ SAMPLES = {
     "image": "binary",  # PNG
 }
 
-FEATURES = {"id": "int64", "label": "int32", "features": "tensor"}
+# Followed by the features of every network that measures, by its name (float32), and `probabilities` of Inception.
+FEATURES = {"id": "int64", "label": "int32"}

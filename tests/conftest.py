@@ -1,5 +1,6 @@
 """Shared by the tests: small real runs on a private local Ray, and the real images where they are at hand."""
 
+import functools
 import os
 import shutil
 import tempfile
@@ -11,6 +12,8 @@ import pytest
 import ray
 import torch
 from faulty_s3 import S3Server
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from d2c_ray import pipeline
 from d2c_ray.config import Config, ResourcesConfig, load
@@ -21,6 +24,39 @@ DEBUG = ROOT / "configs" / "debug.yaml"
 SHARED = ROOT.parent / "shared" / "data"
 
 torch.set_num_threads(1)
+os.environ.setdefault("RAY_worker_niceness", "0")  # its workers give way to everything at 15: tests in the other process would starve them
+
+
+class OneRay(LoadScopeScheduling):
+    """Tests by file, those with a Ray all in one process: two Rays at once are more than a small machine bears.
+
+    The groups of xdist's own `loadgroup` do not reach its scheduler under pytest 9.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.split("::")[0]
+        return "ray" if _starts_ray(ROOT / path) else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneRay:
+    config.option.loadscopereorder = False  # in the order of the collection, below
+    return OneRay(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a Ray come first: they take longest, and the other process works off the rest meanwhile."""
+    items.sort(key=lambda item: not _starts_ray(item.path))
+
+
+@functools.cache
+def _starts_ray(path: Path) -> bool:
+    return 'xdist_group("ray")' in path.read_text()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before fixtures too: networks of random weights are the same ones whatever ran before, and in whatever process."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

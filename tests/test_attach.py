@@ -30,6 +30,8 @@ from d2c_ray.models import frozen, latents, vision
 from d2c_ray.rundir import StageDir
 from d2c_ray.training.batches import dequantise
 
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+
 CPU = torch.device("cpu")
 GRID = 8  # 32 px, latents of 16, patch 2
 
@@ -179,7 +181,7 @@ def test_other_weights_than_planned_are_refused(whole) -> None:
     encoders = config.attach.encoders()
     given = {
         "encoders": ("vision",), "writes": True, "out": "", "vae": config.vae, "vision": encoders, "int8": {}, "grid": GRID, "flip": True,
-        "latents": "", "latents_device": "", "class_names": None, "device": "cpu", "threads": 1,
+        "latents": "", "latents_device": "", "keep_pixels": False, "class_names": None, "device": "cpu", "threads": 1,
     }  # fmt: skip
     with pytest.raises(
         UserError, match=r"attach\.vision\.encoder: the weights on this node \(\w+\) are not those that were planned with \(0123\)"
@@ -242,7 +244,7 @@ def test_only_what_is_asked_for_needs_its_weights(debug_config, monkeypatch: pyt
 
 
 def test_defaults_are_the_published_attachments() -> None:
-    config = load(ROOT / "configs" / "imagenet256_10k.yaml")
+    config = load(ROOT / "configs" / "imagenet256_sit_l_10k.yaml")
     assert config.attach.text.encoder == "google/flan-t5-xl"
     assert (config.attach.text.tokens, config.attach.vision.encoder, config.attach.vision.image_size) == (16, "dinov2-b", 0)
 

@@ -18,6 +18,8 @@ from d2c_ray.rundir import StageDir
 from d2c_ray.selection.by_features import BY_FEATURES
 from d2c_ray.stages import select
 
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:

@@ -57,13 +57,27 @@ def test_command_line_wins_over_the_file() -> None:
         ("train.batch_size=0", ["train.batch_size=0"]),
         ("attach.text.encoder=minilm attach.text.template=nothing", ["attach.text.template", "{name}"]),
         ("attach.vision.encoder=none attach.also.large.encoder=dinov2-l", ["train.align_with", "(large)"]),
-        ("attach.also.large.encode=dinov2-l", ["attach.also.large.encode", "encoder"]),
+        ("attach.also.large.encodr=dinov2-l", ["attach.also.large.encodr", "encoder"]),
         ("attach.also.a-b.encoder=dinov2-l", ["attach.also.a-b", "underscores"]),
         ("attach.vision.encoder=dinov2-x", ["attach.vision.encoder", "dinov2-s"]),
         ("attach.also.x.storage=int4", ["attach.also.x.storage", "int8"]),
         ("train.align_with=larg attach.also.large.encoder=dinov2-l", ["train.align_with", "large"]),
         ("attach.vision.encoder=efficientnet-lite0 evaluate.network=efficientnet-lite0", ["evaluate.network", "aligned"]),
+        ("evaluate.network=inceptoin", ["evaluate.network='inceptoin'", "did you mean 'inception'", "dinov2-l", "a local folder"]),
+        ("evaluate.more_networks=[inception,resnet]", ["evaluate.more_networks='resnet'", "efficientnet-lite0"]),
+        ("evaluate.more_networks=[inception,inception]", ["evaluate.more_networks names inception twice"]),
+        ("evaluate.more_networks=[efficientnet-lite2]", ["evaluate.more_networks names efficientnet-lite2", "as evaluate.network does"]),
+        (
+            "attach.vision.encoder=facebook/dinov2-large evaluate.network=dinov2-l",
+            ["evaluate.network=dinov2-l", "aligned", "efficientnet-lite2"],
+        ),
+        (
+            "select.selector=herding embed.encoder=efficientnet-lite2",
+            ["evaluate.network=efficientnet-lite2", "chooses in", "efficientnet-lite0"],
+        ),
         ("sample.sampler=ddpm", ["sample.sampler=ddpm", "euler"]),
+        ("vae.encode=training", ["vae.encode=training", "vae.path"]),
+        ("vae.encode=training vae.path=a/b score.cache_latents=true", ["score.cache_latents=true", "vae.encode=training"]),
         ("select.k=9 select.f=0.5", ["select.k=9", "one of the two"]),
         ("arms.a.data.path=x", ["arms.a.data", "select, attach, model, train"]),
         ("arms.a.select.selectr=random", ["arms.a.select.selectr", "did you mean 'selector'"]),
@@ -73,6 +87,16 @@ def test_command_line_wins_over_the_file() -> None:
             "attach.text.encoder=minilm attach.text.template=a{name}-{style}",
             ["attach.text.template", "{name} and {first} are the only fields"],
         ),
+        ("train.warmup_images=-1", ["train.warmup_images=-1", "0 or more"]),
+        ("teacher.train.keep_every=-1", ["teacher.train.keep_every=-1"]),
+        ("train.betas=[1.5,0.999]", ["train.betas=[1.5, 0.999]", "[0.9, 0.999]"]),
+        ("train.lr=inf", ["train.lr=inf", "finite"]),
+        ("train.num_images=0", ["train.num_images=0", "train.start"]),
+        ("train.ema_also=[0.9999]", ["train.ema_also=[0.9999]", "twice"]),
+        ("sample.weights=ema-0.99 train.ema_also=[0.999]", ["sample.weights='ema-0.99'", "ema-0.999"]),
+        ("model.kind=dit model.path=cosine", ["model.path=cosine", "sit"]),
+        ("resources.train_workers_min=2", ["resources.train_workers_min=2", "resources.train_workers=1"]),
+        ("tracking.mlflow_uri=https://me:secret@host/x", ["tracking.mlflow_uri", "MLFLOW_TRACKING_PASSWORD"]),
         ("nonsense", ["key=value"]),
     ],
 )
@@ -81,6 +105,44 @@ def test_bad_values_are_refused_by_name(override: str, words: list[str]) -> None
         config.load(None, override.split())
     for word in words:
         assert word in str(refusal.value)
+    assert "secret" not in str(refusal.value)
+
+
+def test_a_further_network_may_be_one_that_flatters_and_is_known_to() -> None:
+    found = config.load(None, ["attach.vision.encoder=dinov2-b", "evaluate.more_networks=[facebook/dinov2-base,dinov2-l]"])
+    assert "students are aligned with (attach.vision.encoder)" in (config.flattering(found, "facebook/dinov2-base") or "")
+    assert config.flattering(found, "dinov2-l") is None
+    chosen = config.load(None, ["select.selector=k_center", "evaluate.more_networks=[efficientnet-lite0]"])
+    assert "select.selector=k_center chooses in (embed.encoder)" in (config.flattering(chosen, "efficientnet-lite0") or "")
+
+
+def test_a_file_stands_on_its_base(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text("select: {budget: 500, k: 3}\ntrain: {lr: 0.5, num_images: 64}\n")
+    (tmp_path / "middle.yaml").write_text("base: base.yaml\nselect: {budget: 600}\n")
+    (tmp_path / "sub" / "top.yaml").write_text("base: ../middle.yaml\ntrain: {lr: 0.25}\n")
+    found = config.load(tmp_path / "sub" / "top.yaml", ["train.num_images=128"])
+    assert (found.select.budget, found.select.k, found.train.lr, found.train.num_images) == (600, 3, 0.25, 128)
+    assert found.run.name == "top"
+    assert "base" not in config.to_yaml(found).splitlines()[0] and config.load(tmp_path / "middle.yaml").train.lr == 0.5
+
+
+def test_a_base_that_is_not_there_or_leads_back_is_refused(tmp_path: Path) -> None:
+    for name, base, words in (
+        ("gone", "other.yaml", r"gone\.yaml' says base: other\.yaml, and there is no file"),
+        ("self", "self.yaml", r"leads back to itself: self\.yaml -> self\.yaml"),
+        ("a", "b.yaml", r"leads back to itself: a\.yaml -> b\.yaml -> a\.yaml"),
+        ("b", "a.yaml", r"leads back to itself: b\.yaml -> a\.yaml -> b\.yaml"),
+        ("list", "[1]", r"base: \[1\] is no file name"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}\n")
+        if name != "a":
+            with pytest.raises(UserError, match=words):
+                config.load(tmp_path / f"{name}.yaml")
+    with pytest.raises(UserError, match=r"a\.yaml -> b\.yaml -> a\.yaml"):
+        config.load(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match="unknown configuration key 'base'"):
+        config.load(None, ["base=gone.yaml"])
 
 
 def test_missing_file_names_where_presets_are(tmp_path: Path) -> None:
@@ -98,3 +160,11 @@ def test_arms_change_only_what_they_name() -> None:
 def test_sizes_are_the_published_ones() -> None:
     assert config.model_shape(config.ModelConfig(size="XL")) == (28, 1152, 16)
     assert config.model_shape(config.ModelConfig(size="S", depth=3)) == (3, 384, 6)
+
+
+@pytest.mark.parametrize(("size", "words"), [(2, "3"), (10_001, "3 to 10,000 would do"), (100_000, "0.7 GiB")])
+def test_a_subset_of_the_kid_has_three_to_ten_thousand_images(size: int, words: str) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.kid_subset_size=") as refusal:
+        config.load(None, [f"evaluate.kid_subset_size={size}"])
+    assert words in str(refusal.value)
+    assert config.load(None, ["evaluate.kid_subset_size=10000"]).evaluate.kid_subset_size == 10_000

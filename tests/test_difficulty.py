@@ -10,14 +10,14 @@ from d2c_ray.selection import difficulty
 from d2c_ray.selection.noise import noise
 
 
-def teacher(kind: str) -> Teacher:
+def teacher(kind: str, path: str = "linear") -> Teacher:
     torch.manual_seed(0)
     network = Transformer(TransformerSpec(kind, 8, 1, 2, 2, 32, 2, 4))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     network.eval().requires_grad_(False)
-    return Teacher(kind, 1, 4, torch.device("cpu"), network, network)
+    return Teacher(kind, 1, 4, torch.device("cpu"), network, network, path=path)
 
 
 def inputs(count: int, steps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,18 +27,22 @@ def inputs(count: int, steps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return z, torch.arange(count) % 4, torch.from_numpy(draws)
 
 
-@pytest.mark.parametrize("kind", ["sit", "dit"])
-def test_errors_equal_the_formula(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "path"), [("sit", "linear"), ("sit", "cosine"), ("dit", "linear")])
+def test_errors_equal_the_formula(kind: str, path: str) -> None:
     """One image and one timestep at a time, written out from the definition."""
-    model, (z, label, draws), t = teacher(kind), inputs(3, 4), difficulty.timesteps(kind, 4, 0.0, 1.0)
+    model, (z, label, draws), t = teacher(kind, path), inputs(3, 4), difficulty.timesteps(kind, 4, 0.0, 1.0)
     found = difficulty.errors(model, z, label, draws, t, device_batch=8)
     cumulative = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     for i in range(3):
         for j, step in enumerate(t.tolist()):
             eps = draws[i, j][None]
             alpha, sigma = (cumulative[step] ** 0.5, (1 - cumulative[step]) ** 0.5) if kind == "dit" else (1 - step, step)
+            if path == "cosine":
+                alpha, sigma = np.cos(np.pi / 2 * step), np.sin(np.pi / 2 * step)
             out = model.network(alpha * z[i : i + 1] + sigma * eps, t[j : j + 1], label[i : i + 1])[:, :1]
             target = eps if kind == "dit" else eps - z[i : i + 1]
+            if path == "cosine":
+                target = np.pi / 2 * (alpha * eps - sigma * z[i : i + 1])
             assert found[i, j].item() == pytest.approx((out - target).square().mean().item(), rel=1e-4)
 
 
@@ -69,6 +73,10 @@ def test_noise_is_a_function_of_seed_key_and_draw() -> None:
 
 def test_score_weighs_a_velocity_error_as_a_noise_error() -> None:
     errors, t = np.float32([[1, 1], [4, 0]]), np.array([0.25, 0.75])
+    cosine = (2 / np.pi * np.cos(np.pi / 2 * t)) ** 2
+    assert difficulty.score(errors, t, "sit", "cosine").tolist() == pytest.approx([cosine.mean(), 2 * cosine[0]])
+    even, odd = difficulty.half_scores(errors, t, "sit", "cosine")
+    assert [*even, *odd] == pytest.approx([cosine[0], 4 * cosine[0], cosine[1], 0.0])
     assert difficulty.score(errors, t, "dit").tolist() == [1.0, 2.0]
     assert difficulty.score(errors, t, "sit").tolist() == pytest.approx([(0.75**2 + 0.25**2) / 2, 4 * 0.75**2 / 2])
 
@@ -116,7 +124,7 @@ def test_bits_are_those_of_one_pair_in_a_padded_batch(kind: str, device_batch: i
     """All pairs written out beforehand, cut into batches that a copy of the batch's first pair fills up."""
     model, (z, label, draws), t = teacher(kind), inputs(5, 4), difficulty.timesteps(kind, 4, 0.0, 1.0)
     clean, labels, eps, at = z.repeat_interleave(4, 0), label.repeat_interleave(4), draws.flatten(0, 1), t.repeat(5)
-    objective = difficulty.ddpm if kind == "dit" else difficulty.flow
+    objective = difficulty.diffusion.objective(kind)
     expected = []
     for pair in range(20):
         first = pair - pair % device_batch

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from d2c_ray import diffusion
+from d2c_ray.config import DIT_STEPS, SAMPLERS
 from d2c_ray.diffusion import align, ddpm, flow, samplers
 
 
@@ -74,19 +76,61 @@ def test_the_learned_variance_does_not_move_the_mean() -> None:
 
 def test_stratified_timesteps_are_midpoints() -> None:
     assert ddpm.score_timesteps(4, 0, 1).tolist() == [125, 375, 625, 875]
-    assert flow.score_timesteps(4, 0, 1).tolist() == [0.125, 0.375, 0.625, 0.875]
-    assert flow.score_timesteps(2, 0.5, 1).tolist() == [0.625, 0.875]
+    assert flow.Flow().score_timesteps(4, 0, 1).tolist() == [0.125, 0.375, 0.625, 0.875]
+    assert flow.Flow().score_timesteps(2, 0.5, 1).tolist() == [0.625, 0.875]
 
 
-def test_velocity_error_gives_the_noise_error() -> None:
-    """Turn a wrong velocity into the noise it implies and compare errors directly."""
+def coefficients(path: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha and sigma as the SiT paper defines the paths, its time turned round."""
+    return (1 - t, t) if path == "linear" else (torch.cos(math.pi * t / 2), torch.sin(math.pi * t / 2))
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_velocity_is_the_derivative_of_the_path(path: str) -> None:
+    """By automatic differentiation of x_t by t, one pixel at a time."""
     torch.manual_seed(0)
-    z, eps, t = torch.randn(5, 1, 4, 4), torch.randn(5, 1, 4, 4), torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
-    wrong = eps - z + torch.randn(5, 1, 4, 4)
-    implied_noise = flow.add_noise(z, eps, t) + (1 - t[:, None, None, None]) * wrong  # eps = x_t + (1 - t) v
-    velocity_error = flow.loss(wrong, z, eps, z, t)
-    expected = (implied_noise - eps).square().flatten(1).mean(1)
-    assert torch.allclose(flow.noise_error(velocity_error, t), expected, rtol=1e-5)
+    z, eps = torch.randn(5, 1, 2, 2, dtype=torch.float64), torch.randn(5, 1, 2, 2, dtype=torch.float64)
+    t = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64, requires_grad=True)
+    alpha, sigma = (value.reshape(-1, 1, 1, 1) for value in coefficients(path, t))
+    x_t = alpha * z + sigma * eps
+    velocity = torch.stack([torch.autograd.grad(column.sum(), t, retain_graph=True)[0] for column in x_t.flatten(1).T], 1)
+    objective = diffusion.objective("sit", path)
+    assert torch.allclose(objective.add_noise(z, eps, t), x_t, atol=1e-12)
+    assert torch.allclose(objective.target(z, eps, t).flatten(1), velocity, atol=1e-12)
+    assert torch.allclose(objective.add_noise(z, eps, t)[[0, 4]], torch.stack([z[0], eps[4]]), atol=1e-12)
+    guess = torch.randn(5, 1, 2, 2)
+    by_hand = (guess.flatten(1) - velocity).square().mean(1)
+    assert torch.allclose(objective.loss(guess, z, eps, x_t, t), by_hand, rtol=1e-6)
+    if path == "cosine":  # the variance of unit data stays one
+        assert torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha))
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_velocity_error_gives_the_noise_error(path: str) -> None:
+    """Turn a wrong velocity into the noise it implies, by solving for it, and compare errors directly."""
+    torch.manual_seed(0)
+    z, eps, t = torch.randn(5, 1, 4, 4).double(), torch.randn(5, 1, 4, 4).double(), torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]).double()
+    objective = flow.Flow(path)
+    wrong = objective.target(z, eps, t) + torch.randn(5, 1, 4, 4)
+    x_t = objective.add_noise(z, eps, t)
+    implied = []
+    for i, step in enumerate(t):
+        # x_t = alpha z + sigma eps and v = alpha' z + sigma' eps are two equations of two unknowns at every pixel.
+        (alpha, sigma), slopes = (
+            coefficients(path, step),
+            torch.autograd.functional.jacobian(lambda at: torch.stack(coefficients(path, at)), step),
+        )
+        system = torch.stack([torch.stack([alpha, sigma]), slopes])
+        implied.append(torch.linalg.solve(system, torch.stack([x_t[i].flatten(), wrong[i].flatten()]))[1])
+    expected = (torch.stack(implied) - eps.flatten(1)).square().mean(1)
+    assert torch.allclose(objective.noise_error(objective.loss(wrong, z, eps, x_t, t).double(), t), expected, rtol=1e-5)
+
+
+def test_ddpm_is_called_in_the_same_way() -> None:
+    z, eps, t = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.tensor([3, 800])
+    objective = diffusion.objective("dit")
+    assert torch.equal(objective.target(z, eps, t), eps)
+    assert objective.loss(torch.cat([eps, eps], 1), z, eps, objective.add_noise(z, eps, t), t).shape == (2,)
 
 
 def test_alignment_is_minus_the_mean_cosine() -> None:
@@ -101,34 +145,177 @@ def test_alignment_is_minus_the_mean_cosine() -> None:
 MEAN, SPREAD = 1.5, 0.4  # data that are one Gaussian, whose perfect predictor is known
 
 
-def test_euler_reaches_the_data_of_a_known_flow() -> None:
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """E[eps - z | x_t] for z ~ N(MEAN, SPREAD^2)."""
-        t = t.reshape(-1, 1, 1, 1)
-        variance = ((1 - t) * SPREAD) ** 2 + t**2
-        centred = x - (1 - t) * MEAN
-        return t * centred / variance - (MEAN + (1 - t) * SPREAD**2 * centred / variance)
+def known_velocity(path: str) -> samplers.Predict:
+    """E[alpha' z + sigma' eps | x_t] for z ~ N(MEAN, SPREAD^2)."""
 
-    noise = torch.randn(4000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    z = samplers.euler(velocity, noise, 200, lambda i: noise)
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = (value.reshape(-1, 1, 1, 1) for value in coefficients(path, t))
+        d_alpha, d_sigma = (-1.0, 1.0) if path == "linear" else (-math.pi / 2 * sigma, math.pi / 2 * alpha)
+        centred, variance = x - alpha * MEAN, (alpha * SPREAD) ** 2 + sigma**2
+        return d_alpha * (MEAN + alpha * SPREAD**2 * centred / variance) + d_sigma * sigma * centred / variance
+
+    return velocity
+
+
+def known_noise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """E[eps | x_t] for z ~ N(MEAN, SPREAD^2) on a dit's schedule, and the smaller variance."""
+    assert t.dtype == torch.long
+    alpha, sigma = (ddpm.schedule("cpu")[name][t].reshape(-1, 1, 1, 1) for name in ("alpha", "sigma"))
+    noise = sigma * (x - alpha * MEAN) / (alpha**2 * SPREAD**2 + sigma**2)
+    return torch.cat([noise, torch.full_like(noise, -1.0)], 1)
+
+
+def known(kind: str, path: str) -> samplers.Predict:
+    return known_noise if kind == "dit" else known_velocity(path)
+
+
+def transported(x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+    """Where the probability-flow ODE takes each x_t: between two Gaussians, to the point as many deviations from the mean."""
+    return MEAN + SPREAD * (x - alpha * MEAN) / math.sqrt(alpha**2 * SPREAD**2 + sigma**2)
+
+
+def unused(step: int) -> torch.Tensor:
+    raise AssertionError("a deterministic sampler asked for fresh noise")
+
+
+def starting_noise() -> torch.Tensor:
+    return torch.randn(4000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_sampler_of_the_configuration_is_there() -> None:
+    for (kind, path), names in SAMPLERS.items():
+        for name in names:
+            assert callable(samplers.find(name, kind, path))
+
+
+BEGINNINGS = {"sit": (0.0, 1.0), "dit": tuple(float(ddpm.schedule("cpu")[name][-1]) for name in ("alpha", "sigma"))}  # alpha, sigma
+DETERMINISTIC = [(name, *of) for of, names in SAMPLERS.items() for name in names if name not in ("ddpm", "sde")]
+
+
+@pytest.mark.parametrize(("name", "kind", "path"), DETERMINISTIC)
+def test_deterministic_samplers_take_each_point_where_the_ode_does(name: str, kind: str, path: str) -> None:
+    """Not on the average alone; so the mean and the deviation of the data are reached too."""
+    noise, begin = starting_noise(), (0.001, 0.999) if (name, kind) == ("dpm-solver++", "sit") else BEGINNINGS[kind]
+    z = samplers.find(name, kind, path)(known(kind, path), noise, 250, unused)
+    first_order = name in ("euler", "ddim")
+    assert (z - transported(noise, *begin)).abs().max() < (0.03 if first_order else 0.002)  # four deviations from the mean
     assert z.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert z.std().item() == pytest.approx(SPREAD, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "path", "factor"),
+    [
+        ("euler", "sit", "linear", 2),
+        ("euler", "sit", "cosine", 2),
+        ("heun", "sit", "linear", 4),
+        ("heun", "sit", "cosine", 4),
+        ("ddim", "dit", "linear", 2),
+    ],
+)
+def test_halving_the_step_divides_the_error_by_two_to_the_order(name: str, kind: str, path: str, factor: int) -> None:
+    noise = torch.linspace(-3, 3, 13).reshape(-1, 1, 1, 1)
+    errors = [
+        float(
+            (samplers.find(name, kind, path)(known(kind, path), noise, steps, unused) - transported(noise, *BEGINNINGS[kind])).abs().mean()
+        )
+        for steps in (16, 32, 64)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(factor, rel=0.2)
+    assert errors[1] / errors[2] == pytest.approx(factor, rel=0.15)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_the_sde_has_the_marginals_of_the_ode_until_its_last_step(path: str) -> None:
+    noise, generator = starting_noise(), torch.Generator().manual_seed(1)
+    z = samplers.find("sde", "sit", path)(known("sit", path), noise, 500, lambda i: torch.randn(noise.shape, generator=generator))
+    # What is left is a step of the mean from t = 0.04 to 0, x - 0.04 (v + E[eps | x_t]), of a Gaussian that is known there.
+    t = torch.tensor([0.04])
+    alpha, sigma = (float(value) for value in coefficients(path, t))
+    variance = alpha**2 * SPREAD**2 + sigma**2
+    points = alpha * MEAN + math.sqrt(variance) * torch.tensor([-1.0, 1.0]).reshape(-1, 1, 1, 1)
+    ends = (points - 0.04 * (known("sit", path)(points, t) + sigma * (points - alpha * MEAN) / variance)).flatten()
+    assert z.mean().item() == pytest.approx(float(ends.mean()), abs=0.01)
+    assert z.std().item() == pytest.approx(float(ends[1] - ends[0]) / 2, abs=0.008)
+    assert z.mean().item() == pytest.approx(MEAN, abs=0.02) and z.std().item() == pytest.approx(SPREAD, abs=0.02)
+    # The ODE would keep every point where it began.
+    assert abs(float(torch.corrcoef(torch.stack([z.flatten(), noise.flatten()]))[0, 1])) < 0.5
+
+
+def test_the_noise_that_a_velocity_stands_for() -> None:
+    z, eps, t = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.tensor([0.04, 0.5, 1.0])
+    for path in ("linear", "cosine"):
+        objective = flow.Flow(path)
+        found = objective.noise_of(objective.target(z, eps, t), objective.add_noise(z, eps, t), t)
+        assert torch.allclose(found, eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [10, 28])
+def test_ddim_equals_diffusers(steps: int) -> None:
+    """Of step counts whose timesteps lie as far apart as that scheduler takes them to: 999 / (steps - 1) is whole."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(1000, 1e-4, 2e-2, "linear", clip_sample=False, set_alpha_to_one=True)
+    scheduler.set_timesteps(steps - 1)  # whose gap is 1000 // (steps - 1)
+    noise = starting_noise()[:8]
+    x = noise
+    for step in torch.linspace(999, 0, steps).round().long():
+        x = scheduler.step(known_noise(x, step.repeat(8))[:, :1], int(step), x, eta=0.0).prev_sample
+    assert torch.allclose(samplers.ddim(known_noise, noise, steps, unused), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sit", "dit"])
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_dpm_solver_is_diffusers(kind: str, steps: int) -> None:
+    """Its scheduler as diffusers' own pipelines drive it: of a dit with the learned variance cut off, of a flow at its sigmas."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    flows = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0} if kind == "sit" else {}
+    scheduler = DPMSolverMultistepScheduler(
+        1000, 1e-4, 2e-2, "linear", solver_order=2, algorithm_type="dpmsolver++", timestep_spacing="linspace", **flows
+    )
+    scheduler.set_timesteps(steps)
+    noise = starting_noise()[:8]
+    x = noise
+    for step, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
+        t = (sigma if kind == "sit" else step).repeat(8)
+        x = scheduler.step(known(kind, "linear")(x, t)[:, :1], step, x).prev_sample
+    assert torch.allclose(samplers.find("dpm-solver++", kind)(known(kind, "linear"), noise, steps, unused), x, atol=1e-6)
+    if steps == 50:  # a tenth of what DDIM and Euler are off by
+        begin = (0.001, 0.999) if kind == "sit" else BEGINNINGS["dit"]
+        assert (x - transported(noise, *begin)).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("steps", [250, 1000])
 def test_ancestral_sampling_reaches_the_data_of_a_known_diffusion(steps: int) -> None:
-    constants = ddpm.schedule("cpu")
-
-    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        alpha, sigma = (constants[name][t].reshape(-1, 1, 1, 1) for name in ("alpha", "sigma"))
-        noise = sigma * (x - alpha * MEAN) / (alpha**2 * SPREAD**2 + sigma**2)  # E[eps | x_t]
-        return torch.cat([noise, torch.full_like(noise, -1.0)], 1)  # the smaller variance
-
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4000, 1, 2, 2, generator=generator)
-    z = samplers.ancestral(predict, noise, steps, lambda i: torch.randn(noise.shape, generator=generator))
+    z = samplers.ancestral(known_noise, noise, steps, lambda i: torch.randn(noise.shape, generator=generator))
     assert z.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert z.std().item() == pytest.approx(SPREAD, abs=0.03)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for (kind, _), names in SAMPLERS.items() for name in names])
+def test_a_single_step_begins_at_noise(kind: str, name: str) -> None:
+    at: list[float] = []
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        at.append(float(t[0]))
+        return known(kind, "linear")(x, t)
+
+    z = samplers.find(name, kind)(predict, starting_noise()[:4], 1, unused)
+    assert at[0] >= (0.999 if kind == "sit" else 999) * (1 - 1e-6)
+    if name not in ("heun", "sde"):
+        assert (z - MEAN).abs().max() < 0.05, "one step leads to the mean of the data"
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm-solver++"])
+def test_a_schedule_has_only_so_many_steps(name: str) -> None:
+    with pytest.raises(ValueError, match="1001 were asked for"):
+        samplers.find(name, "dit")(known_noise, starting_noise()[:1], 1001, unused)
+    assert (
+        samplers.find(name, "dit")(known_noise, starting_noise()[:1], DIT_STEPS[name], lambda i: torch.zeros(1, 1, 2, 2)).isfinite().all()
+    )
 
 
 def test_guidance_extrapolates_and_leaves_the_variance_alone() -> None:
@@ -139,3 +326,23 @@ def test_guidance_extrapolates_and_leaves_the_variance_alone() -> None:
     out = predict(torch.zeros(2, 1, 2, 2), torch.zeros(2))
     assert out[:, 0, 0, 0].tolist() == [4 + 3 * (1 - 4), 4 + 3 * (2 - 4)]
     assert out[:, 1, 0, 0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("kind", "unit", "dtype"), [("sit", 1.0, torch.float32), ("dit", 1000.0, torch.long)])
+def test_guidance_acts_within_its_interval_on_its_channels(kind: str, unit: float, dtype: torch.dtype) -> None:
+    rows: list[int] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        rows.append(len(x))
+        return label.float().reshape(-1, 1, 1, 1).expand(-1, 8 if kind == "dit" else 4, 2, 2).clone()
+
+    predict = samplers.guided(network, torch.tensor([1, 2]), 4, 3.0, channels=3, interval=(0.25, 0.3), unit=unit)
+    conditional, mixed = [1.0, 2.0], [4 + 3 * (1 - 4), 4 + 3 * (2 - 4)]
+    for time, inside in ((0.0, False), (0.249, False), (0.25, True), (0.3, True), (0.301, False), (0.999, False)):
+        out = predict(torch.zeros(2, 4, 2, 2), torch.full((2,), time * unit).round(decimals=3).to(dtype))
+        assert rows.pop() == (4 if inside else 2), time
+        for channel in range(out.shape[1]):
+            assert out[:, channel, 0, 0].tolist() == (mixed if inside and channel < 3 else conditional), (time, channel)
+    whole = samplers.guided(network, torch.tensor([1, 2]), 4, 3.0, channels=3, unit=unit)
+    for time in (0.0, 0.999, 1.0):
+        assert whole(torch.zeros(2, 4, 2, 2), torch.full((2,), time * unit).to(dtype))[0, 0, 0, 0] == mixed[0]

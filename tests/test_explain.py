@@ -17,6 +17,8 @@ from d2c_ray.errors import UserError
 from d2c_ray.plan import Plan
 from d2c_ray.report import explain
 
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+
 SILENT = {"say": lambda text: None}
 FEATURES = ("embed.image_size=32", "evaluate.image_size=32")
 

@@ -7,15 +7,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from scipy.spatial.distance import cdist
 
 from d2c_ray import pipeline, schema
 from d2c_ray.config import Config
 from d2c_ray.data import tables, units
 from d2c_ray.data.features import embedded
-from d2c_ray.evaluate import frechet, precision_recall, subsets
+from d2c_ray.evaluate import frechet, subsets
 from d2c_ray.models import frozen
 from d2c_ray.selection import confidence
+
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
 
 
 def parts(folder: Path, features: np.ndarray, labels: np.ndarray, rows: int) -> list[Path]:
@@ -81,18 +82,6 @@ def test_a_probe_judges_no_row_that_it_was_fitted_on() -> None:
 
 def test_one_class_has_no_confidence() -> None:
     assert confidence.cross_entropy(np.zeros((5, 3)), np.zeros(5, int), 0) is None
-
-
-def test_distances_by_products_are_those_by_differences() -> None:
-    rng = np.random.default_rng(0)
-    real, other = rng.normal(size=(300, 40)) + 7, rng.normal(size=(200, 40)) * 1.2 + 7
-    wanted = np.sort(cdist(real, real), axis=1)[:, 3]
-    np.testing.assert_allclose(precision_recall.radii(real, 3), wanted, rtol=1e-9)
-    share = (cdist(other, real) <= wanted).any(1).mean()
-    assert precision_recall.covered(other, real, wanted) == share
-    assert precision_recall.covered(real, real, np.zeros(300)) == 1.0, "a row is at no distance from itself"
-    doubled = np.concatenate([real, real])
-    assert not precision_recall.radii(doubled, 1).any(), "nor from its copy"
 
 
 def test_a_subset_that_is_the_whole_covers_it() -> None:

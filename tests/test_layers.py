@@ -11,7 +11,7 @@ PACKAGE = ROOT / "d2c_ray"
 LAYERS = {
     0: ("config", "schema", "seeding", "errors"),
     1: ("models", "diffusion", "selection", "training", "evaluate", "data.decode"),
-    2: ("rundir", "plan", "progress", "rejects", "job", "report", "data"),
+    2: ("rundir", "plan", "tracking", "estimate", "progress", "rejects", "job", "report", "data"),
     3: ("distributed",),
     4: ("stages", "pipeline"),
     5: ("cli",),

@@ -1,5 +1,6 @@
 """Whole runs on a real local Ray, on real images, killed and resumed."""
 
+import html
 import json
 import os
 import re
@@ -20,11 +21,16 @@ from conftest import DEBUG, ROOT
 from d2c_ray import pipeline, schema
 from d2c_ray.config import load
 from d2c_ray.data import tables
+from d2c_ray.data.decode import decode
 from d2c_ray.errors import UserError
 from d2c_ray.models import weights
+from d2c_ray.report import numbers
 from d2c_ray.selection import difficulty
 
-ARMS = ("arms.D2C.train.align_weight=0.5", "arms.Random+Attach.select.selector=random")
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+
+ARMS = ("arms.D2C.train.align_weight=0.5", "arms.Random+Attach.select.selector=random", "evaluate.more_networks=[efficientnet-lite0]")
+UNGUIDED = "evaluate.unguided=true"
 SILENT = {"say": lambda text: None}
 
 
@@ -68,7 +74,7 @@ def stamps(folder: Path) -> dict[str, int]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder and output of one whole run with two students, through the command line."""
     root = tmp_path_factory.mktemp("runs")
-    return root / "debug", finish(start("run", str(DEBUG), f"run.dir={root}", *ARMS))
+    return root / "debug", finish(start("run", str(DEBUG), f"run.dir={root}", UNGUIDED, *ARMS))
 
 
 def only(folder: Path, pattern: str) -> Path:
@@ -90,7 +96,7 @@ def test_every_stage_leaves_a_whole_folder(finished: tuple[Path, str]) -> None:
         "selection": 2,
         "condensed": 2,
         "train": 2,
-        "samples": 2,
+        "samples": 4,  # guided and unguided
         "eval": 2,
     }
     for path in folder.glob("*/_SUCCESS.json"):
@@ -112,6 +118,19 @@ def test_tables_have_the_columns_that_are_promised(finished: tuple[Path, str]) -
             assert pq.read_schema(path).names == list(columns)
     condensed = pq.read_schema(next(folder.glob("condensed-*/part-000000.parquet"))).names
     assert condensed == ["sample_id", "key", "label", "image", "pixels", "vision", "vision_scale"]
+
+
+def test_every_network_has_its_own_numbers_of_the_same_images(finished: tuple[Path, str]) -> None:
+    folder, out = finished
+    for path in folder.glob("eval-*/metrics.json"):
+        metrics = json.loads(path.read_text())
+        (name, more), record = metrics["more"].popitem(), metrics["record"]
+        assert (name, record["network"]) == ("efficientnet-lite0", "efficientnet-lite2")
+        assert more["counts"] == metrics["counts"] and more["generated"]["frechet"] != metrics["generated"]["frechet"]
+        assert more["network"]["weights"] != record["network_weights"]
+        assert more["unguided"]["counts"] == more["counts"] and more["unguided"]["generated"] != more["generated"]
+        assert metrics["notices"] == [more["notice"]] and "students are aligned with (attach.vision.encoder)" in more["notice"]
+        assert more["notice"] in out
 
 
 def test_scores_are_the_formula_on_the_stored_teacher(finished: tuple[Path, str]) -> None:
@@ -166,14 +185,30 @@ def test_the_report_is_one_page_with_the_measured_numbers(finished: tuple[Path, 
             "generated",
             "sample_seed",
             "network",
-            "reference_features",
+            "reference_images",
         }
-        for kind in ("generated", "real", "subset"):
-            assert f"{metrics[kind]['frechet']:.1f}" in page
-            assert f"{metrics[kind]['frechet']:.1f}" in out
+        assert metrics["unguided"]["record"]["guidance"] == 1.0 and metrics["unguided"]["generated"] != metrics["generated"]
+        for values in (metrics["generated"], metrics["real"], metrics["subset"], metrics["unguided"]["generated"]):
+            assert numbers.distance(values["frechet"]) in page
+            assert numbers.distance(values["frechet"]) in out
+            assert f'<td>{values["kid"]:.4f}<span class="error">± {values["kid_error"]:.4f}</span></td>' in page
+            for key in ("precision", "recall", "density", "coverage"):
+                assert f"<td>{values[key]:.3f}</td>" in page
+        for own in (metrics, metrics["unguided"]):
+            copying = own["copying"]
+            assert f"<td>{copying['median_generated']:.4g}</td>" in page and f"<td>{copying['share_closer']:.2%}</td>" in page
+            for pair in copying["pairs"]:
+                assert f'alt="generated image {pair["index"]} beside training image {pair["sample_id"]}"' in page
+        assert metrics["too_few"] in html.unescape(page)
     assert not re.search(r"""(src|href)=["'](?!data:|#)|url\((?!#)|@import""", page), "the page needs another file"
     assert page.count("data:image/png") >= 40
     assert page.count("<svg") == 2
+    for train in folder.glob("train-*"):  # 40 samples every 256 of 512 images, and the last of them on the page
+        assert [path.name for path in sorted((train / "previews").iterdir())] == ["images-000000000256.png", "images-000000000512.png"]
+    assert page.count('alt="samples after 512 images"') == 2
+    assert page.count("<figure>") == 4 * 16, "the closest pairs of both students, guided and unguided"
+    assert page.count(", without guidance</th>") == 2, "pictures of both"
+    assert "Trained on equal images: 512 each." in page
     assert "decides nothing" in page
     assert "decides nothing" in " ".join(out.split())
     assert str(folder / "report.html") in out
@@ -182,11 +217,27 @@ def test_the_report_is_one_page_with_the_measured_numbers(finished: tuple[Path, 
 def test_running_again_redoes_nothing_and_starts_no_ray(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     before, page = stamps(folder), (folder / "report.html").stat().st_mtime_ns
-    out = finish(start("run", str(DEBUG), f"run.dir={folder.parent}", *ARMS))
+    out = finish(start("run", str(DEBUG), f"run.dir={folder.parent}", UNGUIDED, *ARMS))
     assert stamps(folder) == before
     assert (folder / "report.html").stat().st_mtime_ns == page
     assert "starting Ray" not in out
     assert "Fréchet distance" in out
+
+
+def test_a_finished_run_is_compared(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    out = finish(start("compare", str(folder)))
+    assert "Trained on equal images: 512 each." in out and "one seed each" in out
+    main, other = out.split("\nmeasured in ")[1:]
+    assert main.startswith("efficientnet-lite2\n") and other.startswith("efficientnet-lite0\n")
+    for name, arm in json.loads((folder / "plan.json").read_text())["arms"].items():
+        metrics = json.loads((folder / arm["evaluate"] / "metrics.json").read_text())
+        (line,) = [line for line in main.splitlines() if line.startswith(f"debug: {name}, without guidance")]
+        assert numbers.cell(metrics["unguided"]["generated"], "frechet") in line
+        (line,) = [line for line in main.splitlines() if line.startswith(f"debug: {name}  ")]
+        assert numbers.cell(metrics["generated"], "kid") in line
+    bills = [line.split() for line in out.splitlines()[1:3]]
+    assert [line[2:4] for line in bills] == [["40", "512"], ["40", "512"]], "images kept and seen"
 
 
 def test_a_single_stage_says_where_it_left_what(finished: tuple[Path, str]) -> None:
@@ -266,7 +317,16 @@ def test_scores_do_not_depend_on_actors_or_batches(finished: tuple[Path, str], t
 def test_killed_at_every_turn_it_ends_as_if_undisturbed(finished: tuple[Path, str], tmp_path: Path) -> None:
     """SIGKILL of the driver while the teacher trains, shards are scored, the student trains and its images are measured."""
     folder = tmp_path / "debug"
-    args = ("run", str(DEBUG), f"run.dir={tmp_path}", "data.rows_per_shard=10", "resources.rows_per_task=5", "resources.actors=1")
+    args = (
+        "run",
+        str(DEBUG),
+        f"run.dir={tmp_path}",
+        UNGUIDED,
+        ARMS[2],
+        "data.rows_per_shard=10",
+        "resources.rows_per_task=5",
+        "resources.actors=1",
+    )
     turns = {
         "teacher-*/checkpoints/checkpoint_*/state.json": 1,
         "scores-*/part-*.parquet": 2,
@@ -296,16 +356,18 @@ def test_killed_at_every_turn_it_ends_as_if_undisturbed(finished: tuple[Path, st
         assert table.column(column).to_pylist() == undisturbed.column(column).to_pylist()
     curve = [json.loads(line)["images"] for line in only(folder, "train-*/metrics.jsonl").read_text().splitlines()]
     assert curve == [128, 256, 384, 512], "every step's metrics once"
-    d2c = json.loads((finished[0] / "plan.json").read_text())["arms"]["D2C"]
-    assert json.loads(only(folder, "eval-*/metrics.json").read_text()) == json.loads(
-        (finished[0] / d2c["evaluate"] / "metrics.json").read_text()
-    )
+    measured = only(folder, "eval-*/metrics.json")  # of the same name there: what went into it is the same
+    assert json.loads(measured.read_text()) == json.loads((finished[0] / measured.relative_to(folder)).read_text())
 
 
 def test_checkpoints_with_half_an_index_are_set_aside_and_still_used(tmp_path: Path) -> None:
+    from pyarrow.fs import LocalFileSystem
     from safetensors.torch import save_file
 
-    from d2c_ray.distributed.trainer import mend_checkpoints
+    from d2c_ray.distributed import checkpoints
+
+    def mend_checkpoints(folder: Path) -> Path | None:
+        return checkpoints.mend(checkpoints.Place(str(folder.parent), LocalFileSystem()))
 
     folder = tmp_path / "checkpoints"
     for name, step in (("checkpoint_1", 3), ("checkpoint_2", 7), ("checkpoint_3", 9)):
@@ -320,6 +382,10 @@ def test_checkpoints_with_half_an_index_are_set_aside_and_still_used(tmp_path: P
     assert mend_checkpoints(folder) == tmp_path / "checkpoints-set-aside-0" / "checkpoint_2"
     assert not folder.exists()
     assert mend_checkpoints(folder) == tmp_path / "checkpoints-set-aside-0" / "checkpoint_2", "killed again before the first new one"
+    folder.mkdir()
+    index.write_text('{"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_4"}]}')
+    assert mend_checkpoints(folder) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"], "no longer needed"
 
 
 @pytest.fixture
@@ -413,10 +479,36 @@ def test_cifar10_preset_on_a_cut(cifar10: Path, tmp_path: Path) -> None:
     assert plan.of("score")[0].dir.success()["rows_done"] == 300
     for arm in ("D2C", "Random+Attach"):
         metrics = json.loads((plan.arms[arm]["evaluate"].folder / "metrics.json").read_text())
-        assert metrics["counts"] == {"generated": 30, "real": 30, "subset": 50, "reference": 100}
+        assert metrics["counts"] == {"generated": 30, "sampled": 30, "real": 30, "subset": 50, "reference": 100, "width": 1280}
         assert metrics["real"]["frechet"] < metrics["generated"]["frechet"], "a student of ten steps beats real images?"
         curve = (plan.arms[arm]["train"].folder / "metrics.jsonl").read_text().splitlines()
         assert json.loads(curve[-1])["loss"] < json.loads(curve[0])["loss"]
+
+
+def test_a_few_photographs_are_learned(cifar10: Path, tmp_path: Path) -> None:
+    """Half of the preset: the loss falls below 0.32, and the samples are no noise and have their class's colours."""
+    knobs = (f"run.dir={tmp_path}", f"data.path={cifar10}", "train.num_images=20480")
+    plan = pipeline.run(load(ROOT / "configs" / "cifar10_small.yaml", knobs), **SILENT)
+    stages = plan.arms["student"]
+    losses = [json.loads(line)["loss"] for line in (stages["train"].folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] > 0.6
+    assert losses[-1] < 0.32
+    real, made = stages["attach"].dir.parts(), stages["sample"].dir.parts()
+    pixels = np.concatenate([tables.tensor_values(tables.read(path), "pixels") for path in real]).astype(float)
+    labels = np.concatenate([tables.read(path, ["label"]).column("label").to_numpy() for path in real])
+    samples = np.stack([decode(image, 16, 3, 10**6) for path in made for image in tables.read(path).column("image").to_pylist()]).astype(
+        float
+    )
+    asked = np.concatenate([tables.read(path, ["label"]).column("label").to_numpy() for path in made])
+    assert len(pixels) == 200
+    assert abs(np.diff(samples, axis=2)).mean() < 2 * abs(np.diff(pixels, axis=2)).mean(), "neighbouring pixels have nothing in common"
+    colours = [np.stack([some[of == label].mean((0, 1, 2)) for label in range(10)]) for some, of in ((pixels, labels), (samples, asked))]
+    assert np.corrcoef(*((mean - mean.mean(0)).ravel() for mean in colours))[0, 1] > 0.8, "classes have other colours than their images"
+    metrics = json.loads((stages["evaluate"].folder / "metrics.json").read_text())
+    assert metrics["generated"]["frechet"] < 1.5 * metrics["real"]["frechet"]
+    page = (plan.folder / "report.html").read_text()
+    assert 'alt="samples after 20480 images"' in page
+    assert 'alt="generated images of frog"' in page
 
 
 @pytest.mark.parametrize(

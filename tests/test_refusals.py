@@ -37,9 +37,15 @@ def model_folder(path: Path, classes: int = 10, size: int = 8, names: list[str] 
         (["select.budget=9"], "9 images of 10 classes, under one a class"),
         (["arms.small.select.budget=3", "arms.fine.select.budget=20"], "arm 'small': select.budget asks for 3"),
         (["sample.num_images=3"], "too few to evaluate with evaluate.neighbours=3"),
-        (["resources.train_workers=3"], "train.batch_size=32 does not divide into 3 workers"),
-        (["resources.train_workers=2", "arms.a.train.batch_size=40"], "train.batch_size=40 does not divide into 2 workers"),
-        (["resources.teacher_workers=2", "teacher.train.batch_size=40"], "teacher.train.batch_size=40 does not divide"),
+        (["resources.train_workers=3"], "train.batch_size=32 is 2 blocks of 16 images, too few for 3 workers.*48 would do"),
+        (
+            ["resources.train_workers=2", "arms.a.train.batch_size=16"],
+            "train.batch_size=16 is 1 blocks of 16 images, too few for 2 workers",
+        ),
+        (
+            ["resources.teacher_workers=4", "teacher.train.batch_size=40"],
+            "teacher.train.batch_size=40 is 3 blocks .* too few for 4 workers",
+        ),
     ],
 )
 def test_the_data_does_not_allow_it(debug_config, overrides: list[str], words: str) -> None:

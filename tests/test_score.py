@@ -43,6 +43,8 @@ from d2c_ray.progress import Progress
 from d2c_ray.rundir import StageDir
 from d2c_ray.selection import difficulty
 
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+
 CPU = torch.device("cpu")
 COLUMNS = ["sample_id", "key", "label", "score", "errors", "shard"]
 FAULTS = ("503", "reset", "cut", "stall")

@@ -487,10 +487,16 @@ def test_blobs_of_the_hub_are_hashed_by_name(copied: Callable[[str], Path], tmp_
     folder = copied("snapshot")
     path, plain = folder / "transformer" / WEIGHTS, teachers.content_hash(folder)
     content = path.read_bytes()
-    for digits, by_name in (("0123456789abcdef" * 4, True), ("fedcba9876543210" * 4, True), ("0123456789abcdef" * 2 + "01234567", False)):
+    for blobs, digits, by_name in (
+        ("blobs", "0123456789abcdef" * 4, True),
+        ("blobs", "fedcba9876543210" * 4, True),
+        ("blobs", "0123456789abcdef" * 2 + "01234567", False),
+        ("elsewhere", "0123456789abcdef" * 4, False),
+    ):
         path.unlink()
-        (tmp_path / digits).write_bytes(content)
-        path.symlink_to(tmp_path / digits)
+        (tmp_path / blobs).mkdir(exist_ok=True)
+        (tmp_path / blobs / digits).write_bytes(content)
+        path.symlink_to(tmp_path / blobs / digits)
         assert (digits[:8] in teachers.content_hash(folder)) == by_name
         assert (teachers.content_hash(folder) == plain) == (not by_name)
     x, t, label = inputs()

@@ -2,19 +2,24 @@
 
 import json
 import math
-import os
+import threading
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2c_ray.config import TrainConfig
 from d2c_ray.diffusion import flow
 from d2c_ray.models.transformer import TransformerSpec
 from d2c_ray.training import batches, loop, state
+from d2c_ray.training.prefetch import AHEAD, Prefetch
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
@@ -48,7 +53,9 @@ def spec(kind: str = "sit") -> TransformerSpec:
 class Run:
     """A training whose logs and states are kept."""
 
-    def __init__(self, folder: Path, config: TrainConfig, kind: str = "sit", resume: Path | None = None, **data: object):
+    def __init__(
+        self, folder: Path, config: TrainConfig, kind: str = "sit", resume: Path | None = None, knobs: dict | None = None, **data: object
+    ):
         self.logs: list[dict] = []
         self.states: dict[int, Path] = {}
 
@@ -57,7 +64,16 @@ class Run:
             self.states[step].mkdir(parents=True)
             save(self.states[step])  # type: ignore[operator]
 
-        self.model = loop.train(spec(kind), config, dataset(**data), device=CPU, resume=resume, log=self.logs.append, checkpoint=checkpoint)  # type: ignore[arg-type]
+        self.model = loop.train(
+            spec(kind),
+            config,
+            dataset(**data),
+            device=CPU,
+            resume=resume,
+            log=self.logs.append,
+            checkpoint=checkpoint,
+            **(knobs or {}),  # type: ignore[arg-type]
+        )
 
 
 @pytest.mark.parametrize(("kind", "latent"), [("sit", False), ("dit", False), ("sit", True)])
@@ -132,7 +148,7 @@ def test_first_loss_is_the_formula(tmp_path: Path) -> None:
     draws = batches.draw(0, 0, 0, 32, (2, 8, 8), CONFIG.class_dropout, True, False, CPU)
     z = batches.gather(data, batches.image_order(0, 0, 32, 50), draws, align=False)["z"]
     assert run.logs[0]["loss"] == pytest.approx((draws.noise - z).square().mean().item(), rel=1e-5)
-    zero = flow.loss(torch.zeros_like(z), z, draws.noise, z, draws.uniform_t).mean()
+    zero = flow.Flow().loss(torch.zeros_like(z), z, draws.noise, z, draws.uniform_t).mean()
     assert run.logs[0]["loss"] == pytest.approx(zero.item(), rel=1e-5)
 
 
@@ -160,26 +176,201 @@ def test_divergence_says_what_it_saw(tmp_path: Path) -> None:
         loop.train(spec(), CONFIG, data, device=CPU, log=lambda log: None, checkpoint=lambda step, save: None)
 
 
-def _process(rank: int, folder: str, config: TrainConfig) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=(Path(folder) / "port").read_text(), RANK=str(rank), WORLD_SIZE="2")
+def test_a_divergence_is_logged_and_spoils_no_checkpoint(tmp_path: Path) -> None:
+    """The record is valid JSON, and a checkpoint that is due before the next log is not written of a broken state."""
+    data, logs, saved = dataset(), [], []
+    config = replace(CONFIG, log_every=32 * 12, checkpoint_every=32 * 2, lr=1e30, warmup_images=32)
+    with pytest.raises(loop.Diverged, match="lr 1e\\+30"):
+        loop.train(spec(), config, data, device=CPU, log=logs.append, checkpoint=lambda step, save: saved.append(step))
+    (record,) = logs
+    assert record["loss"] in ("nan", "inf") or record["grad_norm"] in ("nan", "inf")
+    assert json.loads(json.dumps(record, allow_nan=False))["images"] == record["images"] == 32 * 2 * (len(saved) + 1)
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    config = replace(CONFIG, num_images=32 * 4, checkpoint_every=10**9)
+    whole = Run(tmp_path / "whole", config)
+    for micro_batch in (16, 10):  # 10: the last one is smaller
+        parts = Run(tmp_path / str(micro_batch), config, knobs={"micro_batch": micro_batch})
+        for name in ("loss", "loss_align", "grad_norm"):
+            assert [log[name] for log in parts.logs] == pytest.approx([log[name] for log in whole.logs], rel=1e-6, abs=1e-6), name
+        assert parts.logs[0]["loss"] == pytest.approx(whole.logs[0]["loss"], rel=1e-6)
+
+
+def test_computing_activations_again_changes_no_bit(tmp_path: Path) -> None:
+    config = replace(CONFIG, num_images=32 * 4, checkpoint_every=10**9)
+    kept, again = (Run(tmp_path / str(recompute), config, knobs={"recompute": recompute}) for recompute in (False, True))
+    assert [log["grad_norm"] for log in again.logs] == [log["grad_norm"] for log in kept.logs]
+    found = state.weights(again.states[4], "model")
+    assert all(torch.equal(value, found[key]) for key, value in state.weights(kept.states[4], "model").items())
+    assert again.model.recompute and not kept.model.recompute
+
+
+def test_several_averages_follow_at_once_and_resume(tmp_path: Path) -> None:
+    """Each is the average that a training with its decay alone would keep."""
+    config = replace(CONFIG, ema_also=[0.5, 0.0])
+    run = Run(tmp_path / "both", config)
+    alone = Run(tmp_path / "alone", replace(CONFIG, ema_decay=0.5))
+    half = state.weights(run.states[12], "ema-0.5")
+    assert all(torch.equal(value, half[key]) for key, value in state.weights(alone.states[12], "ema").items())
+    raw = state.weights(run.states[12], "model")
+    assert all(torch.allclose(value, raw[key], atol=1e-7) for key, value in state.weights(run.states[12], "ema-0").items())
+    again = Run(tmp_path / "again", config, resume=run.states[5])
+    for which in ("ema", "ema-0.5", "ema-0"):
+        found = state.weights(again.states[12], which)
+        assert all(torch.equal(value, found[key]) for key, value in state.weights(run.states[12], which).items())
+
+
+def test_a_compiled_model_trains_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured and differentiated as for any backend; making C++ of it takes a minute, and is not this project's."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    config = replace(CONFIG, num_images=32 * 3, checkpoint_every=10**9)
+    plain, compiled = Run(tmp_path / "plain", config), Run(tmp_path / "compiled", replace(config, compile=True))
+    assert compiled.model.blocks[0]._compiled_call_impl is not None
+    assert [log["loss"] for log in compiled.logs] == pytest.approx([log["loss"] for log in plain.logs], rel=1e-4)
+    assert state.weights(compiled.states[3], "ema").keys() == state.weights(plain.states[3], "ema").keys()
+
+
+def test_previews_are_of_the_averaged_weights(tmp_path: Path) -> None:
+    seen: list[tuple[int, bool, torch.Tensor]] = []
+
+    def preview(images: int, model: torch.nn.Module) -> None:
+        seen.append((images, any(p.requires_grad for p in model.parameters()), model.get_parameter("final.linear.bias").clone()))
+
+    run = Run(tmp_path, replace(CONFIG, preview_every=32 * 6, checkpoint_every=32 * 6), knobs={"preview": preview})
+    assert [(images, grad) for images, grad, _ in seen] == [(192, False), (384, False)]
+    for (_, _, bias), step in zip(seen, (6, 12), strict=True):
+        assert torch.equal(bias, state.weights(run.states[step], "ema")["final.linear.bias"])
+
+
+def test_no_images_make_a_state_to_export(tmp_path: Path) -> None:
+    run = Run(tmp_path / "none", replace(CONFIG, num_images=0))
+    assert run.logs == [] and list(run.states) == [0]
+    assert json.loads((run.states[0] / "state.json").read_text())["images"] == 0
+    assert Run(tmp_path / "again", replace(CONFIG, num_images=0), resume=run.states[0]).states == {}
+
+
+def test_logs_say_what_they_are_of(tmp_path: Path) -> None:
+    logs = Run(tmp_path, replace(CONFIG, num_images=64, warmup_images=128)).logs
+    assert [log["lr"] for log in logs] == [CONFIG.lr / 4, CONFIG.lr / 2]
+    assert all(log["workers"] == 1 and 0 <= log["data_wait_share"] <= 1 and log["images_per_sec"] > 0 for log in logs)
+
+
+def test_batches_come_in_order_ahead_and_bounded() -> None:
+    made, allowed = [], threading.Semaphore(0)
+
+    def make(step: int) -> dict[str, torch.Tensor]:
+        made.append(step)
+        allowed.release()
+        return {"step": torch.tensor(step)}
+
+    with Prefetch(make, range(3, 9), CPU) as ahead:
+        for _ in range(AHEAD):
+            assert allowed.acquire(timeout=30), "batches are made before they are asked for"
+        assert not allowed.acquire(timeout=0.2) and made == [3, 4], "and no more than that"
+        assert [int(ahead.take()["step"]) for _ in range(6)] == list(range(3, 9))
+    assert not ahead._thread.is_alive()
+
+
+def test_a_batch_that_fails_fails_in_its_turn_and_the_thread_ends() -> None:
+    def make(step: int) -> dict[str, torch.Tensor]:
+        if step == 2:
+            raise OSError("the disk is gone")
+        return {"step": torch.tensor(step)}
+
+    threads, taken = torch.get_num_threads(), []
+    with Prefetch(make, range(9), CPU) as ahead:
+        taken += [int(ahead.take()["step"]) for _ in range(2)]
+        with pytest.raises(OSError, match="the disk is gone"):
+            ahead.take()
+    assert taken == [0, 1] and not ahead._thread.is_alive() and torch.get_num_threads() == threads
+    with pytest.raises(RuntimeError, match="mine"), Prefetch(make, range(2), CPU) as ahead:
+        raise RuntimeError("mine")
+    assert not ahead._thread.is_alive()
+
+
+class Refuse(TorchFunctionMode):
+    """Fails on all that would have the host wait for a device, in the thread that enters it."""
+
+    WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero", "equal")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert getattr(func, "__name__", "") not in self.WAITS, f"the host waits: {func}"
+        return func(*args, **(kwargs or {}))
+
+
+class RefuseScalars(TorchDispatchMode):
+    """The same, deeper: what asks a tensor for a value without saying so."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), f"the host waits: {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "latent"), [("sit", False), ("dit", True)])
+def test_between_logs_the_host_never_waits(monkeypatch: pytest.MonkeyPatch, kind: str, latent: bool) -> None:
+    """From one log to the next no step asks a tensor for its value, and neither does the making of batches."""
+    seen: list[int] = []
+    make_log, gather = loop._log, batches.gather
+    with ExitStack() as modes:
+
+        def refuse() -> None:
+            modes.enter_context(Refuse())
+            modes.enter_context(RefuseScalars())
+
+        def log_freely(*args: object) -> None:
+            modes.pop_all().close()
+            make_log(*args)  # type: ignore[arg-type]
+            refuse()
+
+        def gather_in_the_thread(*args: object) -> object:
+            with RefuseScalars():
+                return gather(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(loop, "_log", log_freely)
+        monkeypatch.setattr(batches, "gather", gather_in_the_thread)
+        config = replace(CONFIG, log_every=32 * 4, checkpoint_every=10**9, ema_also=[0.5], warmup_images=1000)
+        loop.train(
+            spec(kind), config, dataset(latent=latent), device=CPU, log=lambda values: seen.append(values["images"]),
+            checkpoint=lambda step, save: modes.pop_all().close(),
+        )  # fmt: skip
+    assert seen == [128, 256, 384]
+    with Refuse(), pytest.raises(AssertionError, match="the host waits"):
+        torch.ones(1).item()
+
+
+def test_shares_are_whole_blocks_that_cover_the_batch() -> None:
+    assert [batches.share(128, rank, 3) for rank in range(3)] == [(0, 32), (32, 80), (80, 128)]
+    assert [batches.share(40, rank, 3) for rank in range(3)] == [(0, 16), (16, 32), (32, 40)]
+    assert [batches.share(128, rank, 2) for rank in range(2)] == [(0, 64), (64, 128)]
+
+
+def _process(rank: int, folder: str, config: TrainConfig, world_size: int) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     logs: list[dict] = []
-    loop.train(spec(), config, dataset(), device=CPU, rank=rank, world_size=2, log=logs.append, checkpoint=lambda step, save: None)
+    loop.train(
+        spec(), config, dataset(), device=CPU, rank=rank, world_size=world_size, micro_batch=20, log=logs.append,
+        checkpoint=lambda step, save: None,
+    )  # fmt: skip
     (Path(folder) / f"{rank}.json").write_text(json.dumps(logs))
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_train_the_same_run(tmp_path: Path) -> None:
-    config = replace(CONFIG, num_images=32 * 20, checkpoint_every=10**9)
+def test_processes_train_the_same_run_whatever_their_shares(tmp_path: Path) -> None:
+    """Three of 32, 48 and 48 images, in micro-batches of up to 20."""
+    world_size, batch = 3, 128
+    config = replace(CONFIG, num_images=batch * 12, batch_size=batch, log_every=batch, checkpoint_every=10**9)
     one = Run(tmp_path / "one", config).logs
-    (tmp_path / "port").write_text("0")
-    torch.multiprocessing.spawn(_process, (str(tmp_path), config), nprocs=2)
-    two = json.loads((tmp_path / "0.json").read_text())
-    assert [log["loss"] for log in two] == pytest.approx([log["loss"] for log in one], rel=1e-5)
-    assert [log["loss_align"] for log in two] == pytest.approx([log["loss_align"] for log in one], rel=1e-4)
+    torch.multiprocessing.spawn(_process, (str(tmp_path), config, world_size), nprocs=world_size)
+    several = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world_size)]
+    for logs in several:
+        assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in one], rel=1e-5)
+        assert [log["loss_align"] for log in logs] == pytest.approx([log["loss_align"] for log in one], rel=1e-4)
+        assert [log["grad_norm"] for log in logs] == pytest.approx([log["grad_norm"] for log in one], rel=1e-4)
+        assert [log["images_per_sec"] for log in logs] == [log["images_per_sec"] for log in several[0]], "by which they decide alike"
 
 
-def test_a_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not divide into 2 workers"):
-        loop.train(spec(), replace(CONFIG, batch_size=40), dataset(), device=CPU, world_size=2, log=print, checkpoint=print)  # type: ignore[arg-type]
+def test_a_batch_of_fewer_blocks_than_workers_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 blocks of 16 images, too few for 4 workers"):
+        loop.train(spec(), replace(CONFIG, batch_size=40), dataset(), device=CPU, world_size=4, log=print, checkpoint=print)  # type: ignore[arg-type]

@@ -166,15 +166,6 @@ def write_classes(path: Path, names: list[str], prompts: list[str], text: tuple[
     tables.write(path, pa.table([columns[name] for name in fields.names], schema=fields), {})
 
 
-def check_weights(key: str, found: str, planned: str) -> None:
-    """Refuses to encode with other weights than those that the folder is named by."""
-    if found != planned:
-        raise UserError(
-            f"{key}: the weights on this node ({found}) are not those that were planned with ({planned}): another snapshot of the same name? "
-            "The same folder or snapshot on every node would do."
-        )
-
-
 def _check_finite(values: Tensor, what: str, would: str) -> None:
     bad = int((~torch.isfinite(values.flatten(1)).all(1)).sum())
     if bad:

@@ -25,7 +25,9 @@ from d2c_ray.data import storage, tables
 from d2c_ray.data.node_cache import AGAIN, Kind, NodeCache, Part, kind_of, unreadable
 from d2c_ray.errors import UserError
 from d2c_ray.rundir import SUCCESS
+from d2c_ray.training import online
 from d2c_ray.training.batches import Gatherer, TrainingSet
+from d2c_ray.training.online import Online
 
 CLASSES = "classes.parquet"
 PROVENANCE = "provenance.json"
@@ -35,6 +37,8 @@ VISION, SCALE = "vision", "_scale"
 _COLUMN = re.compile(r"pixels|latent_mean|latent_std|vision(_[a-z0-9_]+)?")
 FOOTER_BYTES = 64 << 10  # read of a file's end at once; more than most footers
 FOOTERS = 64  # at a time
+
+NOTHING = Online()
 
 Text = tuple[Tensor, Tensor]
 
@@ -64,7 +68,7 @@ class Condensed:
         facts: what the dataset says of itself: `class_names`, `flip`, `latent`, `fingerprint` and more.
         provenance: how it was made, as its provenance.json says; empty where it has none.
         arrays: memory-mapped, by column: `sample_id` and `label` (int64, N; label -1 for none); `pixels` (uint8,
-            N x H x W x C), or `latent_mean` and `latent_std` (float16, N x F x c x h x w, unscaled); `vision` and
+            N x H x W x C; without a VAE, and where something is encoded while training) and `latent_mean` and `latent_std` (float16, N x F x c x h x w, unscaled); `vision` and
             `vision_NAME` (int8, or uint16 that holds bf16 bits; N x F x L x V) with `..._scale` (float32, N x F x L) where int8.
             F is 2 where flips are on: the plain image, then its mirror image.
         text: states, classes x K x E float32, and mask, classes x K; None where the dataset has no text.
@@ -101,7 +105,7 @@ class Condensed:
 
         Returns:
             By column, on `device`, and the caller's own: `sample_id` and `label` (int64, B); `pixels` (uint8, B x H x W x C)
-            or `latent_mean` and `latent_std` (float32, B x c x h x w, unscaled); every vision column (float32, B x L x V).
+            and `latent_mean` and `latent_std` (float32, B x c x h x w, unscaled), as far as they are stored; every vision column (float32, B x L x V).
 
         Raises:
             IndexError: a row that is not there.
@@ -129,17 +133,31 @@ class Condensed:
             found[name.removesuffix(SCALE)] *= gatherer.take(name, self.arrays[name], rows, mirrored)[..., None]
         return found
 
-    def training_set(self, align_with: str | None = "") -> TrainingSet:
-        """The arrays as the training loop takes them.
+    def training_set(
+        self, align_with: str | None = "", encoders: Online = NOTHING, device: torch.device | str = "cpu"
+    ) -> TrainingSet:  # fmt: skip
+        """The arrays as the training loop takes them, with the encoders of what they do not hold.
 
         Args:
             align_with: whose vision tokens: empty, the main encoder's, if there are any; a name of attach.also; None: no tokens.
+            encoders: what is encoded while training, as `training.online.of` says. device: where they run, that of training.
 
         Raises:
-            UserError: there are no such tokens.
+            UserError: there are no such tokens, or encoders are missing or differ from those planned with.
         """
-        latent = self.facts["latent"]
-        column = None if align_with is None else vision_column(align_with, self.arrays)
+        latent, missing = self.facts["latent"], self.facts.get("in_training", [])
+        if online.LATENT in missing and encoders.vae is None:
+            raise UserError(
+                "the condensed dataset holds no latents: its pixels are encoded while training, which takes the VAE (vae.path)."
+            )
+        column = None
+        if align_with is not None and online.column(align_with) not in missing:
+            column = vision_column(align_with, self.arrays)
+        elif align_with is not None and encoders.vision is None:
+            raise UserError(
+                f"the condensed dataset holds no tokens '{online.column(align_with)}': they are encoded while training, which takes the vision encoder."
+            )
+        vae, encoder = encoders.load(torch.device(device))
         return TrainingSet(
             labels=np.maximum(self.labels, 0),
             num_classes=max(1, len(self.class_names)),
@@ -153,6 +171,9 @@ class Condensed:
             vision_scale=self.arrays.get(column + SCALE) if column else None,
             text_states=self.text[0] if self.text else None,
             text_mask=self.text[1] if self.text else None,
+            vae=vae,
+            vision_encoder=encoder,
+            grid=encoders.grid,
         )
 
 
@@ -185,7 +206,7 @@ def drop_cache(path: str | Path, cache_dir: str | Path | None = None, storage: S
 
 
 def vision_width(path: str | Path, align_with: str = "") -> int:
-    """Width of the vision tokens that `align_with` chooses (as in `Condensed.training_set`), 0 where the dataset has none."""
+    """Width of the stored vision tokens that `align_with` chooses (as in `Condensed.training_set`), 0 where the dataset has none."""
     options, folder = StorageConfig(), os.path.expanduser(path)
     for name, _ in _listed(folder, options):
         with storage.open_file(storage.join(folder, name), options) as file:
@@ -198,8 +219,12 @@ def vision_width(path: str | Path, align_with: str = "") -> int:
 
 def training_columns(facts: dict[str, Any], align_with: str | None) -> list[str]:
     """What `Condensed.training_set(align_with)` needs of a dataset that says `facts` of itself; `align_with` is known to be there."""
-    images = ["pixels"] if facts["latent"]["kind"] == "pixels" else ["latent_mean", "latent_std"]
-    return images if align_with is None else [*images, f"{VISION}_{align_with}" if align_with else VISION]
+    missing = facts.get("in_training", [])
+    images = ["pixels"] if facts["latent"]["kind"] == "pixels" or online.LATENT in missing else ["latent_mean", "latent_std"]
+    if align_with is None:
+        return images
+    column = online.column(align_with)
+    return list(dict.fromkeys([*images, "pixels" if column in missing else column]))
 
 
 def vision_column(align_with: str, columns: Sequence[str] | dict[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
 """From encoded bytes to pixels: what is decoded, how it is cropped, and why an image is refused."""
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -22,18 +23,41 @@ def decode(content: bytes, size: int, channels: int, max_pixels: int) -> np.ndar
     Raises:
         Undecodable: empty, truncated or no image, or more than `max_pixels` pixels (a decompression bomb).
     """
+
+    def crop(image: Image.Image) -> np.ndarray:
+        # Also once its short side is brought to `size`: a picture of 1 x 60,000 pixels is a bomb too.
+        growth = max(1.0, size / min(image.size)) ** 2
+        if image.width * image.height * growth > max_pixels:
+            raise Undecodable(
+                f"{image.width} x {image.height} pixels, more than data.max_pixels={max_pixels} when read or cropped to {size}"
+            )
+        return centre_crop(_loaded(image, "L" if channels == 1 else "RGB"), size)
+
+    return _opened(content, crop)
+
+
+def decode_whole(content: bytes, max_pixels: int) -> np.ndarray:
+    """An encoded image as it is, uint8 H x W x 3, neither cropped nor resized; else as `decode`.
+
+    Raises:
+        Undecodable: empty, truncated or no image, or more than `max_pixels` pixels (a decompression bomb).
+    """
+
+    def whole(image: Image.Image) -> np.ndarray:
+        if image.width * image.height > max_pixels:
+            raise Undecodable(f"{image.width} x {image.height} pixels, more than {max_pixels}")
+        return np.array(_loaded(image, "RGB"))
+
+    return _opened(content, whole)
+
+
+def _opened(content: bytes, read: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """What `read` makes of the opened image, whatever PIL raises as `Undecodable`."""
     if not content:
         raise Undecodable("empty: 0 bytes")
     try:
         with Image.open(io.BytesIO(content)) as image:
-            # Also once its short side is brought to `size`: a picture of 1 x 60,000 pixels is a bomb too.
-            growth = max(1.0, size / min(image.size)) ** 2
-            if image.width * image.height * growth > max_pixels:
-                raise Undecodable(
-                    f"{image.width} x {image.height} pixels, more than data.max_pixels={max_pixels} when read or cropped to {size}"
-                )
-            image.load()
-            return centre_crop(_to_mode(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"), size)
+            return read(image)
     except UnidentifiedImageError:
         raise Undecodable(f"no known image format in {len(content)} bytes") from None
     except (Undecodable, MemoryError):
@@ -41,6 +65,11 @@ def decode(content: bytes, size: int, channels: int, max_pixels: int) -> np.ndar
     except Exception as error:
         # Broken files make PIL raise anything (struct.error, TypeError, SyntaxError, ...); the text says what it met.
         raise Undecodable(f"{type(error).__name__}: {error}") from None
+
+
+def _loaded(image: Image.Image, mode: str) -> Image.Image:
+    image.load()
+    return _to_mode(ImageOps.exif_transpose(image), mode)
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:

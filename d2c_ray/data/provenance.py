@@ -66,6 +66,11 @@ def rows_of(path: Path) -> int | None:
         return None
 
 
+def in_training(stated: dict[str, Any]) -> list[str]:
+    """What a dataset holds as pixels alone, to be encoded while training: 'latent', and columns that vision tokens would have."""
+    return stated.get("in_training", [])
+
+
 def write(folder: str | Path, **fields: Any) -> dict[str, Any]:
     """Writes provenance.json and gives what it says; `format` is added, and `files` where it is not given.
 
@@ -146,6 +151,9 @@ def _wrong(found: Any) -> str:
     wrong = _missing(found, _FORM, "") or (
         not all(isinstance(name, str) for name in found["class_names"]) and "'class_names' holds more than text"
     )
+    online = found.get("in_training", []) if isinstance(found, dict) else []
+    if not wrong and not (isinstance(online, list) and all(isinstance(name, str) for name in online)):
+        wrong = f"'in_training' is {online!r}, a list of names would do"
     optional = {"text": _TEXT, "vae": _VAE}
     for name, form in optional.items():
         wrong = wrong or (found.get(name) is not None and _missing(found[name], form, f"{name}."))

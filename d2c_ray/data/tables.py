@@ -71,6 +71,11 @@ def tensor_shape(path: Path, name: str) -> list[int]:
     return json.loads(pq.read_schema(path).field(name).metadata[b"shape"])
 
 
+def columns(path: Path) -> list[str]:
+    """The names of a file's columns."""
+    return pq.read_schema(path).names
+
+
 def write(path: Path, table: pa.Table, metadata: dict[str, Any] | None = None, row_group_rows: int | None = None) -> None:
     """Writes a Parquet file whole, with `metadata` as JSON in its schema under the key 'd2c'."""
     if metadata is not None:

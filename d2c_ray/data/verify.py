@@ -98,6 +98,9 @@ def check(folder: str | Path, images: int = 32) -> Findings:
         found.faults.append(str(error))
         return found
     folder = Path(folder)
+    for name in provenance.in_training(stated):
+        what = f"the latents (VAE encoder {stated['latent'].get('encoder')})" if name == "latent" else f"the vision tokens '{name}'"
+        found.note(f"{what} are not stored: they are encoded while training, from the pixels, which were checked")
     _record(folder, stated, found)
     _inventory(folder, stated, found)
     _classes(folder, stated, found, images)
@@ -250,10 +253,10 @@ def _columns(stated: dict[str, Any]) -> dict[str, Any]:
     """The columns of a part: an Arrow type, or the dtype and shape of a row of a tensor."""
     sides, size, channels = 1 + stated["flip"], stated["data"]["image_size"], stated["data"]["channels"]
     wanted: dict[str, Any] = {"sample_id": pa.int64(), "key": pa.string(), "label": pa.int64(), "image": attached.IMAGE}
-    latent = stated["latent"]
-    if latent["kind"] == "pixels":
+    latent, online = stated["latent"], provenance.in_training(stated)
+    if latent["kind"] == "pixels" or online:
         wanted["pixels"] = ("uint8", [size, size, channels])
-    else:
+    if latent["kind"] != "pixels" and "latent" not in online:
         shape = [sides, latent["channels"], latent["side"], latent["side"]]
         wanted |= {"latent_mean": ("float16", shape), "latent_std": ("float16", shape)}
     for name, vision in stated["vision"].items():
@@ -501,7 +504,7 @@ class _Sample:
     def encode(self) -> None:
         """Compares the rows held with new encodings of their pixels."""
         held, self.held = self.held, []
-        for column in [*(["latent_mean"] if self.stated["latent"]["kind"] == "vae" else []), *self.stated["vision"]]:
+        for column in [*(["latent_mean"] if "latent_mean" in _columns(self.stated) else []), *self.stated["vision"]]:
             needed = {name for name in _columns(self.stated) if name in (column, f"{column}_scale", column.replace("mean", "std"))}
             rows = [row for row in held if needed <= set(row[4].column_names)]
             encoder = self._encoder(column) if rows else None

@@ -47,6 +47,11 @@ def add_noise(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return _at(c["alpha"], t, z) * z + _at(c["sigma"], t, z) * noise
 
 
+def target(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the network predicts: the noise."""
+    return noise
+
+
 def loss(prediction: Tensor, z: Tensor, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """Hybrid loss an image (N): noise MSE plus the variational bound of the learned variance.
 

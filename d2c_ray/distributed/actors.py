@@ -26,11 +26,11 @@ from d2c_ray.config import (
     VisionConfig,
     encoder_key,
 )
-from d2c_ray.data import attached, latent_cache, tables, units
-from d2c_ray.data.decode import decode, encode_png
+from d2c_ray.data import attached, generated, latent_cache, measured, tables, units
+from d2c_ray.data.decode import decode
 from d2c_ray.distributed.ingest import pack, unpack
 from d2c_ray.evaluate import sampling
-from d2c_ray.models import frozen, teachers, weights
+from d2c_ray.models import frozen, networks, teachers, weights
 from d2c_ray.models import vision as encoders_of_images
 from d2c_ray.selection import difficulty
 
@@ -167,6 +167,7 @@ class Attacher:
         latents: str,
         latents_device: str,
         weights: dict[str, str],
+        keep_pixels: bool,
         class_names: list[str] | None,
         device: str,
         threads: int,
@@ -179,21 +180,23 @@ class Attacher:
             grid: side of the student's token grid.
             latents: folder of latents that scoring kept, on `latents_device`; empty: encode.
             weights: hashes of the encoders' weights as planned: a node may hold another snapshot of a hub name.
+            keep_pixels: write the decoded pixels too: they are what the model sees, or encoded while it trains.
             class_names: of parts that ship; None: of a teacher's.
         """
         torch.set_num_threads(threads)
         target = torch.device(device)
         self.writes, self.out, self.class_names, self.hardware = writes, Path(out), class_names, hardware(target)
+        self.keep_pixels = keep_pixels
         self.grid, self.flip, self.int8, self.options = grid, flip, int8, vision
         self.latents, self.latents_device = Path(latents) if latents else None, latents_device
         self.vae, self.vision = None, {}
         for column in encoders:
             if column == "latent":
-                attached.check_weights("vae.path", frozen.encoder_hash(vae.path, vae.subfolder), weights[column])
+                frozen.check_weights("vae.path", frozen.encoder_hash(vae.path, vae.subfolder), weights[column])
                 self.vae = frozen.Vae(vae, target)
             else:
                 key = encoder_key(column)
-                attached.check_weights(f"{key}.encoder", encoders_of_images.facts(vision[column], grid, key)["weights"], weights[column])
+                frozen.check_weights(f"{key}.encoder", encoders_of_images.facts(vision[column], grid, key)["weights"], weights[column])
                 self.vision[column] = encoders_of_images.load(vision[column], grid, target, key)
         self.clock = Clock(self.hardware, "attached", "attaching")
 
@@ -206,8 +209,7 @@ class Attacher:
             return pack(unit, table)
         storage = {column: "int8" if int8 else "bf16" for column, int8 in self.int8.items()}
         facts = {"rejected": json.loads(table.schema.metadata[b"rejected"]), "storage": storage}
-        # Of the latents' images nothing is kept but their encoded bytes.
-        kept = table.drop_columns("pixels") if "latent_mean" in table.column_names else table
+        kept = table if self.keep_pixels else table.drop_columns("pixels")
         facts = attached.write(self.out / f"part-{json.loads(unit)['unit']:06d}.parquet", kept, facts, self.class_names)
         return pack(unit, pa.table({"rows": [facts["rows"]]}).replace_schema_metadata({b"clock": json.dumps(self.clock.facts()).encode()}))
 
@@ -226,38 +228,58 @@ class Attacher:
 
 
 class Sampler:
-    """Generated images, written as one Parquet part a unit."""
+    """Generated images, or what the networks that measure see in them, written as one Parquet part a unit."""
 
-    def __init__(self, model: str, out: str, sample: SampleConfig, vae: VaeConfig, device: str, threads: int):
+    def __init__(
+        self,
+        model: str,
+        out: str,
+        sample: SampleConfig,
+        vae: VaeConfig,
+        evaluate: EvaluateConfig,
+        networks: dict[str, str],
+        device: str,
+        threads: int,
+    ):
+        """
+        Args:
+            networks: to keep the features of in place of images, as `Measurers` takes them; none: images are kept.
+        """
         torch.set_num_threads(threads)
+        target = torch.device(device)
         self.out, self.sample = Path(out), sample
-        self.student = weights.load(Path(model), sample.weights, torch.device(device))
-        self.vae = frozen.Vae(vae, torch.device(device)) if vae.path else None
+        self.student = weights.load(Path(model), sample.weights, target)
+        self.vae = frozen.Vae(vae, target) if vae.path else None
+        self.networks = Measurers(networks, evaluate, target) if networks else None
 
     def run(self, unit: dict[str, Any]) -> dict[str, Any]:
         indices = torch.arange(unit["start"], unit["stop"])
         labels, pixels = sampling.generate(self.student, self.sample, indices, self.vae)
-        table = pa.table(
-            {
-                "index": pa.array(indices.numpy()),
-                "label": pa.array(labels.numpy().astype(np.int32)),
-                "image": pa.array([encode_png(image) for image in pixels.numpy()], pa.binary()),
-            }
-        )
+        if self.networks is None:
+            table = generated.part(indices.numpy(), labels.numpy(), pixels.numpy())
+        else:
+            table = generated.part_of_features(indices.numpy(), labels.numpy(), self.networks.see(pixels.numpy()))
         tables.write(self.out / f"part-{unit['unit']:06d}.parquet", table, {"unit": unit})
         return {"rows": len(table)}
 
 
 class Embedder:
-    """Pooled features of images in the network that measures them."""
+    """Features of images in the networks that measure them; every image is decoded once for all."""
 
-    def __init__(self, evaluate: EvaluateConfig, data: DataConfig, storage: StorageConfig, device: str, threads: int):
+    def __init__(
+        self, evaluate: EvaluateConfig, data: DataConfig, storage: StorageConfig, weights: dict[str, str], device: str, threads: int
+    ):
+        """
+        Args:
+            weights: of the networks, as `Measurers` takes them.
+        """
         torch.set_num_threads(threads)
         self.data, self.storage = data, storage
-        self.encoder = frozen.VisionEncoder(evaluate.network, evaluate.image_size, torch.device(device), evaluate.device_batch)
+        self.networks = Measurers(weights, evaluate, torch.device(device))
 
     def run(self, unit: dict[str, Any]) -> dict[str, Any]:
-        """Features of a unit of manifest-shaped rows, or of a part of generated images: ids, labels, features, rejected."""
+        """A unit of manifest-shaped rows, or a part of generated images: id, label, rejected, and `tensors` (features by network, and
+        probabilities where one gives them)."""
         rejected: list[dict[str, str]] = []
         if "samples" in unit:
             table = tables.read(Path(unit["samples"]))
@@ -271,5 +293,29 @@ class Embedder:
         else:
             table, rejected = units.decode_rows(units.read_rows(unit), self.data, self.storage)
             pixels, ids = units.pixels_of(table), table.column("sample_id")
-        features = self.encoder.pooled(torch.from_numpy(pixels)).numpy() if len(pixels) else np.zeros((0, self.encoder.width), np.float32)
-        return {"id": ids.to_numpy(), "label": table.column("label").to_numpy(), "features": features, "rejected": rejected}
+        tensors = self.networks.see(pixels)
+        return {"id": ids.to_numpy(), "label": table.column("label").to_numpy(), "tensors": tensors, "rejected": rejected}
+
+
+class Measurers:
+    """The networks that images are measured in, loaded."""
+
+    def __init__(self, weights: dict[str, str], evaluate: EvaluateConfig, device: torch.device):
+        """
+        Args:
+            weights: hash of each network's weights as planned: a node may hold another snapshot of a hub name.
+        """
+        self._networks = {}
+        for name, planned in weights.items():
+            facts = networks.facts(name, evaluate)
+            frozen.check_weights(f"evaluate: {name}", facts["weights"], planned)
+            self._networks[facts["network"]] = networks.load(name, evaluate, device)
+
+    def see(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Features of uint8 N x H x W x C by what the network is called, and probabilities where one gives them: N x D float32 each."""
+        tensors: dict[str, np.ndarray] = {}
+        for name, network in self._networks.items():
+            tensors[name], probabilities = network.both(pixels)
+            if probabilities is not None:
+                tensors[measured.PROBABILITIES] = probabilities
+        return tensors

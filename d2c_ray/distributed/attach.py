@@ -6,7 +6,7 @@ condensed-<hash>/
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import pyarrow as pa
 import ray
 import torch
 
-from d2c_ray.config import Config, TextConfig, VisionConfig, encoder_key
+from d2c_ray.config import Config, TextConfig, VisionConfig, encoder_key, in_training
 from d2c_ray.data import tables, units
-from d2c_ray.data.attached import FAITHFUL, check_weights
+from d2c_ray.data.attached import FAITHFUL
 from d2c_ray.distributed.actors import Attacher, Busy
 from d2c_ray.distributed.cluster import Share
 from d2c_ray.distributed.ingest import stream
@@ -51,16 +51,20 @@ def attach(
     keep_images: bool,
     latents: tuple[Path, str] | None = None,
     class_names: list[str] | None = None,
+    online: Sequence[str] = (),
+    all_readable: bool = True,
 ) -> list[dict[str, Any]]:
     """Attaches to every row of manifest-shaped files; parts that are there already stay.
 
     Args:
-        vision: encoders by the name of their column.
+        vision: encoders by the name of their column; those of `online` are left out.
         rows: manifest files, or a file of selected manifest rows.
         grid: side of the student's token grid.
         keep_images: keep the images' encoded bytes too.
         latents: where scoring kept latents, which need not be made again, and what they were made on.
         class_names: of a table that ships; None: of a teacher's.
+        online: what is encoded while training: 'latent' and columns of vision. Pixels are stored in its place.
+        all_readable: rows that cannot be decoded now were once, so that a part without them is made again.
 
     Returns:
         The facts of every part, in order.
@@ -69,8 +73,10 @@ def attach(
         UserError: too many images cannot be decoded, the storage does not answer, other hardware than before, or actors
             that cannot load.
     """
+    vision = {column: options for column, options in vision.items() if column not in online}
     weights = {column: encoders_of_images.facts(options, grid, encoder_key(column))["weights"] for column, options in vision.items()}
-    if config.vae.path:
+    latent = bool(config.vae.path) and "latent" not in online
+    if latent:
         weights["latent"] = frozen.encoder_hash(config.vae.path, config.vae.subfolder)
     while True:
         rejects.rows.clear()
@@ -80,10 +86,11 @@ def attach(
         arguments = {
             "out": str(out), "vae": config.vae, "vision": vision, "int8": int8, "grid": grid, "flip": config.data.flip,
             "latents": str(latents[0]) if latents else "", "latents_device": latents[1] if latents else "",
-            "weights": weights, "class_names": class_names, "device": share.device, "threads": share.threads,
+            "weights": weights, "keep_pixels": not latent or bool(online), "class_names": class_names, "device": share.device, "threads": share.threads,
         }  # fmt: skip
         try:
-            parts = _attach(config, _chain(config, vision, arguments), rows, out, share, rejects, progress, rows_per_part, keep_images)
+            chain = _chain(config, (["latent"] if latent else []) + list(vision), arguments)
+            parts = _attach(config, chain, rows, out, share, rejects, progress, rows_per_part, keep_images, all_readable)
         except _TooCoarse as found:
             # Whichever part shows it, and whenever: the table is bf16 if any token of it has to be.
             write_json(out / STORAGE, sorted({*wide, *found.columns}))
@@ -108,13 +115,12 @@ def _fits(facts: dict[str, Any], int8: dict[str, bool]) -> bool:
 
 def pools(config: Config) -> int:
     """Actor pools that attaching takes, one behind the other."""
-    encoders = len(config.attach.encoders()) + bool(config.vae.path)
+    encoders = len(config.attach.encoders()) + bool(config.vae.path) - len(in_training(config))
     return max(1, encoders) if config.resources.encoders_apart else 1
 
 
-def _chain(config: Config, vision: dict[str, VisionConfig], arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def _chain(config: Config, encoders: list[str], arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """The arguments of one pool for all encoders, or of one for each."""
-    encoders = (["latent"] if config.vae.path else []) + list(vision)
     groups = [(name,) for name in encoders] if config.resources.encoders_apart and encoders else [tuple(encoders)]
     return [{**arguments, "encoders": group, "writes": group is groups[-1]} for group in groups]
 
@@ -129,6 +135,7 @@ def _attach(
     progress: Progress,
     rows_per_part: int,
     keep_images: bool,
+    all_readable: bool,
 ) -> list[dict[str, Any]]:
     todo = units.cut(units.shards(rows), rows_per_part)
     parts = {unit["unit"]: out / f"part-{unit['unit']:06d}.parquet" for unit in todo}
@@ -157,8 +164,8 @@ def _attach(
 
     for unit in todo:
         facts = _there(parts[unit["unit"]])
-        # What could not be read may be there again now; a table that ships holds all that was chosen.
-        if facts and _fits(facts, chain[0]["int8"]) and not (chain[0]["class_names"] is not None and facts["rejected"]):
+        # What could not be read may be there again now; a table that ships holds all that was chosen, where that is known.
+        if facts and _fits(facts, chain[0]["int8"]) and not (all_readable and chain[0]["class_names"] is not None and facts["rejected"]):
             take(unit)
         else:
             work.append(unit)
@@ -190,6 +197,6 @@ def _encode_text(
     options: TextConfig, prompts: list[str], weights: str, device: str, threads: int
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     torch.set_num_threads(threads)
-    check_weights(text.KEY, text.facts(options)["weights"], weights)
+    frozen.check_weights(text.KEY, text.facts(options)["weights"], weights)
     states, mask = text.encode(options, prompts, torch.device(device))
     return states.numpy(), mask.numpy(), text.cut(options, prompts)

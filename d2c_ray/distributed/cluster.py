@@ -41,8 +41,6 @@ def connect(resources: ResourcesConfig) -> None:
     temp_dir = os.environ.get("D2C_RAY_TMPDIR")
     # A stage that is left behind by a failed one must not start a Ray of its own.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    # The default minute is short for loaded machines and for clusters that have yet to add a node.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "900")
     # Says at every start that authentication, which is on, is on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     _answers(resources.address)
@@ -188,7 +186,7 @@ def preflight(resources: ResourcesConfig, pools: int = 1) -> None:
         )
     for knob, workers in (("train_workers", resources.train_workers), ("teacher_workers", resources.teacher_workers)):
         have, what = (gpus, "GPUs") if gpus else (cpus, "CPUs")
-        if workers > have:
+        if min(workers, resources.train_workers_min or workers) > have:  # an elastic training starts with what there is
             raise UserError(f"resources.{knob}={workers} wants {workers} {what}; the cluster has {have:g}.")
 
 

@@ -8,12 +8,13 @@ import pyarrow as pa
 
 from d2c_ray import schema
 from d2c_ray.config import Config, EmbedConfig
-from d2c_ray.data import tables, units
+from d2c_ray.data import measured, tables, units
 from d2c_ray.data.ledger import Ledger
 from d2c_ray.distributed import pool
 from d2c_ray.distributed.actors import Embedder, FeatureExtractor
 from d2c_ray.distributed.cluster import Share
 from d2c_ray.distributed.filling import fill
+from d2c_ray.models import networks
 from d2c_ray.progress import Progress
 from d2c_ray.rejects import Rejects
 
@@ -45,12 +46,12 @@ def _finish(table: pa.Table) -> pa.Table:
 
 
 def embed_rows(config: Config, rows: Path, out: Path, share: Share, rejects: Rejects, progress: Progress) -> None:
-    """Writes the features of a manifest-shaped file's images to `out`, in the order of sample_id."""
+    """Writes what every network sees in a manifest-shaped file's images to `out`, as `data.measured` reads it, by sample_id."""
     _embed(config, units.cut(units.shards([rows]), ROWS_PER_UNIT), out, share, rejects, progress)
 
 
 def embed_samples(config: Config, parts: list[Path], out: Path, share: Share, rejects: Rejects, progress: Progress) -> None:
-    """Writes the features of generated images to `out`, in the order of their index."""
+    """Writes what every network sees in generated images to `out`, as `data.measured` reads it, by index."""
     _embed(config, [{"samples": str(part)} for part in parts], out, share, rejects, progress)
 
 
@@ -60,24 +61,30 @@ def _embed(config: Config, work: list[dict[str, Any]], out: Path, share: Share, 
         rejects.add(rejected)
         progress.advance(len(tables.read(out, ["id"])) + len(rejected))
         return
+    facts = networks.every(config.evaluate)
     actor_args = {
         "evaluate": config.evaluate,
         "data": config.data,
         "storage": config.storage,
+        "weights": {name: own["weights"] for name, own in facts.items()},
         "device": share.device,
         "threads": share.threads,
     }
-    found = []
+    found: list[dict[str, Any]] = []
     for _, result in pool.run_pool(Embedder, actor_args, work, share):
         rejects.add(result["rejected"])
         progress.advance(len(result["id"]) + len(result["rejected"]))
-        found.append(result)
-    ids, labels, features = (np.concatenate([result[name] for result in found]) for name in ("id", "label", "features"))
+        # Copies, since what Ray gives are views that would keep every unit in the object store until the last is here.
+        arrays = {name: np.array(values) for name, values in result["tensors"].items()}
+        found.append(
+            {"id": np.array(result["id"]), "label": np.array(result["label"]), "tensors": arrays, "rejected": list(result["rejected"])}
+        )
+        del result
+    ids, labels = (np.concatenate([own[name] for own in found]) for name in ("id", "label"))
     order = np.argsort(ids)
-    fields = tables.arrow_schema(schema.FEATURES, {"features": ("float32", features.shape[1:])})
-    columns = [pa.array(ids[order].astype(np.int64)), pa.array(labels[order].astype(np.int32)), tables.tensor_column(features[order])]
-    tables.write(
-        out,
-        pa.table(columns, schema=fields),
-        {"network": config.evaluate.network, "rejected": [row for result in found for row in result["rejected"]]},
-    )
+    tensors = {}
+    for name in list(found[0]["tensors"]):
+        # Taken out one by one, so that not all networks' features are held twice.
+        tensors[name] = np.concatenate([own["tensors"].pop(name) for own in found])[order]
+    metadata = {"networks": list(facts.values()), "rejected": [row for own in found for row in own["rejected"]]}
+    tables.write(out, measured.table(ids[order], labels[order], tensors), metadata)

@@ -35,11 +35,12 @@ def score(
     rejects: Rejects,
     progress: Progress,
     metadata: dict[str, Any],
+    path: str = "linear",
 ) -> None:
     """Scores every row of the manifest that is not in `out` yet; leaves one Parquet part a shard.
 
     Args:
-        teacher: model folder or hub name.
+        teacher: model folder or hub name. kind, path: what it predicts, and on which path if that is velocity.
         class_map: the teacher's class of each label.
 
     Raises:
@@ -47,7 +48,7 @@ def score(
     """
     options = config.score
     t = difficulty.timesteps(kind, options.num_timesteps, options.t_min, options.t_max).numpy()
-    ledger = Ledger(out, shards(manifest), partial(_finish, t=t, kind=kind), metadata)
+    ledger = Ledger(out, shards(manifest), partial(_finish, t=t, kind=kind, path=path), metadata)
     actor_args = {
         "teacher": teacher, "class_map": class_map, "vae": config.vae, "score": options, "flip": config.data.flip,
         "latents": str(out / LATENTS) if options.cache_latents else "", "device": share.device, "threads": share.threads,
@@ -56,9 +57,9 @@ def score(
     fill(ledger, config, share, Scorer, actor_args, rejects, progress, extend)
 
 
-def _finish(table: pa.Table, t: np.ndarray, kind: str) -> pa.Table:
+def _finish(table: pa.Table, t: np.ndarray, kind: str, path: str) -> pa.Table:
     table = table.sort_by("sample_id")
     errors = table.column("errors").combine_chunks().flatten().to_numpy().reshape(-1, len(t))
-    table = table.append_column("score", pa.array(difficulty.score(errors, t, kind)))
+    table = table.append_column("score", pa.array(difficulty.score(errors, t, kind, path)))
     fields = tables.arrow_schema(schema.SCORES, lists=len(t))
     return table.select(fields.names).cast(fields)

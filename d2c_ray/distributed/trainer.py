@@ -1,36 +1,45 @@
 """Ray Train around the training loop: from a condensed dataset to a model folder.
 
-Checkpoints go under the stage's folder; the same run after an interruption finds them and goes on at the next image.
+Checkpoints go under the stage's folder or where resources.checkpoint_storage says (`checkpoints`); the same run after an
+interruption finds them and goes on at the next image, on as many workers as there are then.
 """
 
 import json
+import os
 import sys
-import tempfile
 import threading
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
-from safetensors import SafetensorError, safe_open
 
-from d2c_ray.config import ModelConfig, ResourcesConfig, TrainConfig
+from d2c_ray.config import Config, ModelConfig, StorageConfig, TrainConfig, dotted
 from d2c_ray.data import condensed
-from d2c_ray.distributed import cluster
+from d2c_ray.distributed import checkpoints, cluster
 from d2c_ray.errors import UserError
 from d2c_ray.job import Job
-from d2c_ray.models import latents, weights
-from d2c_ray.models.transformer import TransformerSpec
+from d2c_ray.models import latents, published, weights
+from d2c_ray.models.frozen import check_weights
+from d2c_ray.models.transformer import Transformer, TransformerSpec
 from d2c_ray.progress import Progress
+from d2c_ray.report.preview import Preview
 from d2c_ray.rundir import SUCCESS, write_text
-from d2c_ray.training import state
+from d2c_ray.tracking import Trackers
+from d2c_ray.training import online, state
+from d2c_ray.training.online import Online
 
 METRICS = "metrics.jsonl"
 MODEL = "model"
+FAILED = "failed.json"  # what a worker that must not be started again leaves for the driver
+ASK_SEC = 2.0  # between two questions whether a node is about to be taken away: notices may be as short as 10 s
+ASK_FIRST = 10  # steps between them until the first log tells the pace
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 def condensed_facts(folder: Path) -> dict[str, Any]:
@@ -40,28 +49,37 @@ def condensed_facts(folder: Path) -> dict[str, Any]:
 
 def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: Path, workers: int) -> None:
     """Trains a model on the condensed dataset at `data` and leaves it in the folder `job.out/model`."""
+    if options.start:
+        options = replace(options, start=published.absolute(options.start))  # a worker may work in another folder
     facts = condensed_facts(data)
     text = condensed.read_text(data / condensed.CLASSES) if (data / condensed.CLASSES).is_file() else None
-    vision_width = condensed.vision_width(data, options.align_with) if options.align_weight > 0 else 0
+    encoders = online.of(job.config, facts, model, options)
+    vision_width = encoders.width or (condensed.vision_width(data, options.align_with) if options.align_weight > 0 else 0)
     num_classes = max(1, len(facts["class_names"]))
     spec = latents.transformer_spec(
-        model, facts["latent"], num_classes, (text[0].shape[1], text[0].shape[2]) if text else None, vision_width
+        model, facts["latent"], num_classes, (text[0].shape[1], text[0].shape[2]) if text else None, vision_width, options.start
     )
     metrics = job.out / METRICS
-    resources, use_gpu = job.config.resources, cluster.train_on_gpus()
-    max_failures = 3 if resources.address else 0  # of a worker; on one machine the same error would only come again
+    use_gpu = cluster.train_on_gpus()
     if options.precision == "bf16" and not use_gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print(f"d2c: {title}: this CPU only emulates bf16, which is many times slower than fp32: set precision=fp32", file=sys.stderr)
-    with job.progress(options.num_images, done=_last(metrics).get("images", 0), title=title) as progress, _Watch(metrics, progress):
-        checkpoint = _fit(spec.to_dict(), options, data, facts, job.out, workers, use_gpu, resources, max_failures)
-    _export(job, checkpoint, spec, options, facts, text)
+    trackers = Trackers(
+        job.config.tracking, job.out, f"{job.config.run.name}: {title}", f"{job.config.run.name}-{job.out.name}", dotted(job.config)
+    )
+    with (
+        job.progress(options.num_images, done=_last(metrics).get("images", 0), title=title) as progress,
+        _Watch(metrics, progress, trackers),
+    ):
+        checkpoint = fit(job.config, spec.to_dict(), options, data, facts, job.out, workers, use_gpu, encoders)
+    with checkpoint.as_directory() as folder:
+        _export(job, Path(folder), spec, options, facts, text)
 
 
 def _export(job: Job, checkpoint: Path, spec: TransformerSpec, options: TrainConfig, facts: dict[str, Any], text: Any) -> None:
     raw = state.weights(checkpoint, "model")
-    ema = {**raw, **state.weights(checkpoint, "ema")}
+    averages = [state.EMA, *map(state.average_name, options.ema_also)]
     weights.save(
-        job.out / MODEL, spec, {"ema": ema, "raw": raw},
+        job.out / MODEL, spec, {"raw": raw, **{name: {**raw, **state.weights(checkpoint, name)} for name in averages}},
         {
             "class_names": facts["class_names"], "labels": facts["labels"], "latent": facts["latent"], "image_size": job.config.data.image_size,
             "text_strength": options.text_strength, "ema_decay": options.ema_decay, "images": options.num_images, "fingerprint": job.fingerprint,
@@ -70,71 +88,160 @@ def _export(job: Job, checkpoint: Path, spec: TransformerSpec, options: TrainCon
     )  # fmt: skip
 
 
-def _fit(
-    spec: dict[str, Any], train: TrainConfig, data: Path, facts: dict[str, Any], out: Path, workers: int, use_gpu: bool,
-    resources: ResourcesConfig, max_failures: int,
-) -> Path:  # fmt: skip
-    """Trains to the end, from the last checkpoint under `out` if there is one.
+def fit(
+    config: Config, spec: dict[str, Any], train: TrainConfig, data: Path, facts: dict[str, Any], out: Path, workers: int,
+    use_gpu: bool = False, encoders: Online = condensed.NOTHING,
+) -> Checkpoint:  # fmt: skip
+    """Trains to the end, from the last checkpoint of an earlier attempt if there is one.
+
+    Args:
+        spec, train: the model and how to train it; `config` says with what resources.
+        data, facts: the condensed dataset and what it says of itself.
+        out: the stage's folder, which all workers can write to.
+        encoders: what is encoded of the images as they are shown.
 
     Returns:
-        The folder of the last checkpoint's state.
+        The last checkpoint, on its storage.
+
+    Raises:
+        UserError: training cannot go on, and trying again would not help (it diverged, say); or the storage cannot be written to.
     """
-    mended = mend_checkpoints(out / "checkpoints")
-    result = TorchTrainer(
+    resources = config.resources
+    where = checkpoints.where(resources.checkpoint_storage, out)
+    checkpoints.check(where, config.storage)
+    place = checkpoints.place(where, config.storage)
+    mended = checkpoints.mend(place)
+    (out / FAILED).unlink(missing_ok=True)
+    least = min(resources.train_workers_min, workers)
+    elastic = 0 < least < workers
+    trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "spec": spec,
             "train": asdict(train),
             "data": str(data),
             "columns": condensed.training_columns(facts, train.align_with if spec["vision_width"] else None),
+            "encoders": encoders,
+            "start": published.facts(train.start)["hash"] if train.start else "",
             "cache_dir": resources.cache_dir,
             "keep_cache": resources.keep_cache,
-            "metrics": str(out / METRICS),
+            "out": str(out.absolute()),
             "threads": resources.threads,
+            "micro_batch": resources.micro_batch,
+            "recompute": resources.recompute,
+            "where": where,
+            "storage": asdict(config.storage),
+            "preview": {"sample": config.sample, "report": config.report, "vae": config.vae, "labels": facts["labels"]},
             "mended": str(mended) if mended else "",
+            # cluster.connect says whether Ray watches for it.
+            "notices": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0",
         },
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(num_workers=(least, workers) if elastic else workers, use_gpu=use_gpu),  # type: ignore[arg-type]
         run_config=RunConfig(
             # The same name and path find the checkpoints of an interrupted run.
-            name="checkpoints",
-            storage_path=str(out.absolute()),
+            name=checkpoints.NAME,
+            storage_path=place.path,
+            storage_filesystem=place.filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures=resources.max_failures, max_preemption_failures=resources.max_preemptions),  # type: ignore[call-arg]
         ),
-    ).fit()
+    )
+    try:
+        with _start_timeout(elastic):
+            result = trainer.fit()
+    except TrainingFailedError:
+        _raise_failed(out)
+        raise
+    _raise_failed(out)
+    checkpoints.tidy(place)
     if result.checkpoint is None:
         raise RuntimeError(f"training under {out} ended without a checkpoint")
-    return Path(result.checkpoint.path)
+    return result.checkpoint
+
+
+@contextmanager
+def _start_timeout(elastic: bool) -> Iterator[None]:
+    """How long Ray's controller, which is started within, waits for room for the workers it has decided on.
+
+    A fixed number may have to wait until the cluster has added nodes. An elastic one was decided on by what is free, and where
+    that has gone meanwhile (a node that was just taken away still counts for a moment), only another decision helps.
+    """
+    if START_TIMEOUT in os.environ:
+        yield
+        return
+    os.environ[START_TIMEOUT] = "15" if elastic else "900"
+    try:
+        yield
+    finally:
+        del os.environ[START_TIMEOUT]
+
+
+def _raise_failed(out: Path) -> None:
+    """Raises what a worker said for good."""
+    with suppress(FileNotFoundError):
+        raise UserError(json.loads((out / FAILED).read_text())["error"])
 
 
 def _worker(args: dict[str, Any]) -> None:
+    out, alone = Path(args["out"]), ray.train.get_context().get_world_size() == 1
+    if (out / FAILED).is_file():
+        return  # on another attempt it would only come again
+    from d2c_ray.training import loop
+
+    try:
+        _train(args, out)
+    except UserError as error:
+        # To raise it would have Ray start the workers again.
+        write_text(out / FAILED, json.dumps({"error": str(error)}))
+        if alone or isinstance(error, loop.Diverged):
+            return
+        raise  # the other workers are still at work, and only a failure ends them
+
+
+def _train(args: dict[str, Any], out: Path) -> None:
     from d2c_ray.training import loop
 
     torch.set_num_threads(args["threads"])
     context = ray.train.get_context()
-    rank, metrics = context.get_world_rank(), Path(args["metrics"])
+    rank, metrics = context.get_world_rank(), out / METRICS
     train = TrainConfig(**{**args["train"], "betas": tuple(args["train"]["betas"])})
     aligned = args["spec"]["vision_width"] > 0
+    if train.start:
+        check_weights("train.start", published.facts(train.start)["hash"], args["start"])
     opened = condensed.open(args["data"], args["cache_dir"], args["columns"])
-    data = opened.training_set(train.align_with if aligned else None)
+    data = opened.training_set(train.align_with if aligned else None, args["encoders"], ray.train.torch.get_device())
+    place = checkpoints.place(args["where"], StorageConfig(**args["storage"]))
+    upload = checkpoints.Uploads(place, rank, train.keep_every, train.batch_size)
+    preview = None
+    if train.preview_every:
+        preview = _while_it_works(Preview(**args["preview"], text=opened.text, text_strength=train.text_strength, out=out))
+    notice = _Notice(train.batch_size) if args["notices"] else None
 
     def log(values: dict[str, Any]) -> None:
+        if notice is not None:
+            notice.paced(values["images_per_sec"])
         if rank == 0:
             with metrics.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps(values, allow_nan=False) + "\n")
 
     def run(resume: Path | None) -> None:
         if rank == 0:
             _forget_after(metrics, _images(resume))
         loop.train(
             TransformerSpec(**args["spec"]), train, data, device=ray.train.torch.get_device(), rank=rank,
-            world_size=context.get_world_size(), resume=resume, log=log, checkpoint=_report,
+            world_size=context.get_world_size(), resume=resume, micro_batch=args["micro_batch"], recompute=args["recompute"],
+            log=log, checkpoint=upload, urgent=notice, preview=preview,
         )  # fmt: skip
 
     try:
         checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            run(Path(args["mended"]) if args["mended"] else None)
+        if checkpoint is None and args["mended"]:
+            mended = Path(args["mended"])
+            # Ray does not know of it, and a training without a step left would report nothing more.
+            upload(_step(mended), state.Saver(lambda: state.read(mended)))
+            run(mended)
+        elif checkpoint is None:
+            run(None)
         else:
             with checkpoint.as_directory() as folder:
                 run(Path(folder))
@@ -144,38 +251,56 @@ def _worker(args: dict[str, Any]) -> None:
                 condensed.drop_cache(args["data"], args["cache_dir"])
 
 
-def mend_checkpoints(folder: Path) -> Path | None:
-    """Sets aside checkpoints whose index Ray was writing when it was killed, and finds the newest whole one among them.
+class _Notice:
+    """Asks Ray whether a node is about to be taken away: on every worker at the same steps, since that is a barrier.
 
-    Ray does not write its index whole, and refuses to start on half of one.
+    The first answer that names a node asks for a checkpoint, so that little is lost when the workers are started again elsewhere.
     """
-    index = folder / "checkpoint_manager_snapshot.json"
-    try:
-        json.loads(index.read_text())
-        return None
-    except FileNotFoundError:
-        pass
-    except json.JSONDecodeError:
-        folder.rename(folder.with_name(f"{folder.name}-set-aside-{len(list(folder.parent.glob(folder.name + '-*')))}"))
-    whole = []
-    for state_file in folder.parent.glob(f"{folder.name}-set-aside-*/checkpoint_*/{state.META}"):
-        with suppress(json.JSONDecodeError, SafetensorError, FileNotFoundError), safe_open(state_file.with_name(state.STATE), "pt"):
-            whole.append((json.loads(state_file.read_text())["step"], state_file.parent))
-    return max(whole)[1] if whole else None
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._every = self._left = ASK_FIRST
+        self._named: set[str] = set()
+
+    def paced(self, images_per_sec: float) -> None:
+        """Fits the steps between two questions to the pace, which is the same number on every worker."""
+        self._every = max(1, int(ASK_SEC * images_per_sec / self._batch_size))
+        self._left = min(self._left, self._every)
+
+    def __call__(self, step: int) -> bool:
+        self._left -= 1
+        if self._left > 0:
+            return False
+        self._left = self._every
+        info = ray.train.get_preemption_info()  # stays the same until the node is gone
+        new = set(info.preempted_node_ids) - self._named if info is not None else set()
+        self._named |= new
+        return bool(new)
 
 
-def _report(step: int, save: Any) -> None:
-    # report() is a barrier: every worker calls it, rank 0 brings the state.
-    if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report({"step": step})
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))
-        ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder))
+def _while_it_works(preview: Callable[[int, Transformer], None]) -> Callable[[int, Transformer], None]:
+    """The same without its failures: the first one is told, and there are no further previews. The training goes on."""
+    works = True
+
+    def tried(images: int, model: Transformer) -> None:
+        nonlocal works
+        if not works:
+            return
+        try:
+            preview(images, model)
+        except Exception as error:  # no encoder, no memory, no room on the disk: a picture is not worth a training
+            works = False
+            print(f"d2c: no more previews after {images} images: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+
+    return tried
+
+
+def _step(resume: Path) -> int:
+    return json.loads((resume / state.META).read_text())["step"]
 
 
 def _images(resume: Path | None) -> int:
-    return json.loads((resume / "state.json").read_text())["images"] if resume is not None else 0
+    return json.loads((resume / state.META).read_text())["images"] if resume is not None else 0
 
 
 def _forget_after(metrics: Path, images: int) -> None:
@@ -193,10 +318,10 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 class _Watch:
-    """Follows a metrics file, which the workers write, in a thread."""
+    """Follows a metrics file, which the workers write, in a thread: for the progress line and for trackers."""
 
-    def __init__(self, metrics: Path, progress: Progress):
-        self._metrics, self._progress = metrics, progress
+    def __init__(self, metrics: Path, progress: Progress, trackers: Trackers):
+        self._lines, self._progress, self._trackers = Tail(metrics), progress, trackers
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -206,6 +331,7 @@ class _Watch:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._trackers.close(whole=exc[0] is None)
 
     def _follow(self) -> None:
         while not self._stop.wait(0.5):
@@ -213,11 +339,35 @@ class _Watch:
         self._show()
 
     def _show(self) -> None:
-        last = _last(self._metrics)
-        if last:
-            self._progress.at(last["images"], f"loss {last['loss']:.3f}")
-        else:
+        records = [record for record in map(_parsed, self._lines.new()) if record]
+        self._trackers.follow(records)  # also where there are none: a preview comes after its record
+        if records:
+            self._progress.at(records[-1]["images"], f"loss {float(records[-1]['loss']):.3f}")
+        elif not self._lines.read:
             self._progress.at(self._progress.done, "starting")
+
+
+class Tail:
+    """The lines of a file that grows, and that a resumed training replaces by a shorter one; each is read once."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, (0, 0)
+        self.read = 0  # bytes
+
+    def new(self) -> list[str]:
+        """The whole lines that were added since the last call; all of them where the file is another one."""
+        try:
+            with self._path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                if (facts.st_dev, facts.st_ino) != self._file or facts.st_size < self.read:
+                    self._file, self.read = (facts.st_dev, facts.st_ino), 0
+                file.seek(self.read)
+                found = file.read()
+        except FileNotFoundError:
+            return []
+        whole = found[: found.rfind(b"\n") + 1]
+        self.read += len(whole)
+        return whole.decode().splitlines()
 
 
 def _last(metrics: Path) -> dict[str, Any]:

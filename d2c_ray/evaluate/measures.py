@@ -4,38 +4,200 @@ from typing import Any
 
 import numpy as np
 
-from d2c_ray.evaluate.frechet import frechet_distance, statistics
-from d2c_ray.evaluate.precision_recall import precision_recall
+from d2c_ray.evaluate import bootstrap as resampling
+from d2c_ray.evaluate.copying import copying
+from d2c_ray.evaluate.frechet import Statistics, frechet_distance
+from d2c_ray.evaluate.frechet import statistics as statistics_of
+from d2c_ray.evaluate.inception_score import inception_score
+from d2c_ray.evaluate.kid import kid
+from d2c_ray.evaluate.precision_recall import overlap
 from d2c_ray.evaluate.probe import label_agreement
 
 
 def measure(
-    *, reference: np.ndarray, reference_labels: np.ndarray, held_out: np.ndarray, held_out_labels: np.ndarray,
-    generated: np.ndarray, asked: np.ndarray, subset: np.ndarray, neighbours: int,
+    *, reference: np.ndarray | None, reference_labels: np.ndarray | None, held_out: np.ndarray | None, held_out_labels: np.ndarray | None,
+    generated: np.ndarray, asked: np.ndarray | None, subset: np.ndarray | None, neighbours: int, statistics: Statistics | None = None,
+    subset_ids: np.ndarray | None = None, probabilities: np.ndarray | None = None, held_out_probabilities: np.ndarray | None = None,
+    kid_subsets: int = 100, kid_subset_size: int = 1000, bootstrap: int = 0, pairs: int = 16, seed: int = 0, probe: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures generated images, held-out real ones and the subset against one reference.
 
     Args:
         reference, held_out: features of disjoint real images. generated, asked: features and the classes asked for.
-        subset: features of the images the student was trained on.
+        subset: features of the images the student was trained on, subset_ids: what those are called (else their rows).
+        statistics: Fréchet distances are to these, and of all generated images; without them they are to the
+            reference, and of as many generated images as there are held-out ones.
+        probabilities, held_out_probabilities: class probabilities a row, of a network that gives them.
+        kid_subsets, kid_subset_size: as of `kid`. bootstrap: resamplings behind the intervals, 0 for none.
+        pairs: generated images next to a training image that are listed. probe: train one for label_agreement.
+        Whatever may be None leaves what needs it None.
 
     Returns:
-        For each of generated, real and subset: frechet, precision, recall. Generated and real have the same count, the
-        subset its own, which is what a model that copies it would draw from. label_agreement and probe_accuracy.
+        counts: generated, sampled, real, subset, reference, width. Generated and real are what is compared with each other:
+        without `statistics` equally many, each drawn from all by one fixed permutation, since rows may come class by class;
+        sampled is how many generated images there are. The subset has its own count, which is what a model that copies it
+        would draw from.
+        For each of generated, real and subset: frechet, frechet_interval (95 %; not of the subset, which is no draw), kid,
+        kid_error (standard error), precision, recall, density, coverage, precision_recall_count (of either side),
+        inception_score, inception_score_error (standard deviation over ten parts in a fixed shuffled order).
+        Without held-out images real is as many of the reference against the rest of it, where images are too few for the
+        features' width and the reference is twice as many; else nothing.
+        Of all generated images, since nothing there asks for equal counts:
+        per_class: {label: Fréchet distance} of the classes with more images than the features are wide, both generated
+        and in the reference, which is what it takes for covariances of full rank; None without such a class, or with
+        `statistics`, which have no classes.
+        copying: as `copying` gives it. label_agreement and probe_accuracy: as of `label_agreement`.
+        too_few: a sentence where there are too few images for the features' width. notes: sentences on what was measured.
     """
-    count = min(len(generated), len(held_out))
-    against = statistics(reference)
-    found: dict[str, Any] = {"counts": {"generated": count, "real": count, "subset": len(subset), "reference": len(reference)}}
-    for name, features in (("generated", generated[:count]), ("real", held_out[:count]), ("subset", subset)):
-        shared = min(len(features), len(reference))  # precision and recall want as many real images as measured ones
-        pair = precision_recall(_some(reference, shared), _some(features, shared), neighbours) if shared > neighbours else (None, None)
-        distance = frechet_distance(statistics(features), against) if len(features) > 1 else None
-        found[name] = {"frechet": distance, "precision": pair[0], "recall": pair[1], "precision_recall_count": shared}
-    agreement = label_agreement(reference, reference_labels, held_out, held_out_labels, generated, asked)
+    equal = held_out is not None and statistics is None
+    count = min(len(generated), len(held_out)) if equal and held_out is not None else len(generated)
+    against = statistics if statistics is not None else None if reference is None or len(reference) < 2 else statistics_of(reference)
+    drawn = _rows(len(generated), count)
+    sets = {
+        "generated": (generated[drawn], None if probabilities is None else probabilities[drawn], bootstrap),
+        "real": _real(held_out, held_out_probabilities, count if equal else None, bootstrap),
+        "subset": (subset, None, 0),
+    }
+    found: dict[str, Any] = {"counts": {name: 0 if features is None else len(features) for name, (features, _, _) in sets.items()}}
+    found["counts"] |= {
+        "sampled": len(generated), "reference": _reference_count(reference, statistics), "width": int(generated.shape[1]),
+    }  # fmt: skip
+    for name, (features, classes, resamples) in sets.items():
+        found[name] = {
+            **_frechet(features, against, resamples, seed),
+            **_kernel(reference, features, kid_subsets, kid_subset_size, seed),
+            **_overlap(reference, features, neighbours),
+            **_inception_score(classes),
+        }
+    found["notes"] = []
+    if count < len(generated):
+        found["notes"].append(f"measured {count:,} of {len(generated):,} generated images: so many real images are held out")
+    rest = None  # of the reference, where the real images are a part of it
+    if held_out is None and statistics is None and reference is not None and 1 < count <= len(reference) // 2 and _are_few(found["counts"]):
+        taken = np.zeros(len(reference), bool)
+        taken[_rows(len(reference), count)] = True
+        real, others = reference[taken], reference[~taken]
+        rest = len(others)
+        found["counts"]["real"] = count
+        found["real"] |= {
+            **_frechet(real, statistics_of(others), bootstrap, seed),
+            **_kernel(others, real, kid_subsets, kid_subset_size, seed),
+            **_overlap(others, real, neighbours),
+        }
+        found["notes"].append(
+            f"no real images are held out: the real ones shown are {count:,} of the reference, measured against its other {rest:,}"
+        )
+    found["per_class"] = None
+    if statistics is None and reference is not None and reference_labels is not None and asked is not None:
+        found["per_class"] = per_class(reference, reference_labels, generated, asked)
+    found["copying"] = copying(generated, held_out, subset, pairs, subset_ids) if subset is not None and len(subset) else None
+    floor = _floor(found["counts"], found["real"]["frechet"], rest, held_out is not None, statistics is not None)
+    found["too_few"] = too_few(found["counts"], floor)
+    agreement = None
+    if probe and all(value is not None for value in (reference, reference_labels, held_out, held_out_labels, asked)):
+        agreement = label_agreement(reference, reference_labels, held_out, held_out_labels, generated, asked)  # type: ignore[arg-type]
     found["label_agreement"], found["probe_accuracy"] = agreement if agreement else (None, None)
     return found
 
 
+def per_class(reference: np.ndarray, labels: np.ndarray, generated: np.ndarray, asked: np.ndarray) -> dict[str, float] | None:
+    """Fréchet distance of each class that has more images than the features are wide on both sides; None without any."""
+    distances = {}
+    for label in np.unique(asked).tolist():
+        real, made = labels == label, asked == label
+        if min(real.sum(), made.sum()) > reference.shape[1]:
+            distances[str(label)] = frechet_distance(statistics_of(generated[made]), statistics_of(reference[real]))
+    return distances or None
+
+
+def too_few(counts: dict[str, Any], floor: str = "") -> str | None:
+    """A sentence where images are too few for the features' width, so that the Fréchet distance says less; `floor` is put after it."""
+    if not _are_few(counts):
+        return None
+    width, fewest = counts["width"], _fewest(counts)
+    which = "generated" if counts["generated"] == fewest else "reference"
+    return (
+        f"The Fréchet distance is biased upwards: {fewest:,} {which} images give {width:,} features no covariance of full rank; "
+        f"more than {width:,} would. {floor}"
+    ).rstrip()
+
+
+def _floor(counts: dict[str, Any], value: float | None, rest: int | None, held_out: bool, given: bool) -> str:
+    """A sentence on what as many real images score.
+
+    Args:
+        rest: how many of the reference they were measured against, where they are a part of it and not held out.
+        given: distances are to statistics, of which nothing can be taken.
+    """
+    if value is not None:
+        which = "held-out real images score" if rest is None else f"reference images score against the other {rest:,}"
+        return f"Its floor is what {counts['real']:,} {which}: {value:.4g}."
+    if held_out:
+        return ""
+    few = f", and the reference is not twice {counts['generated']:,} images, so that as many could be measured against the rest"
+    return f"Its floor is not known: no real images are held out{'' if given else few}."
+
+
+def _are_few(counts: dict[str, Any]) -> bool:
+    return _fewest(counts) <= counts["width"]
+
+
+def _fewest(counts: dict[str, Any]) -> int:
+    return min(counts["generated"], counts["reference"] or counts["generated"])
+
+
+def _real(
+    held_out: np.ndarray | None, probabilities: np.ndarray | None, count: int | None, resamples: int
+) -> tuple[np.ndarray | None, np.ndarray | None, int]:
+    """Held-out images, `count` of them or all."""
+    if held_out is None:
+        return None, None, resamples
+    rows = _rows(len(held_out), len(held_out) if count is None else count)
+    return held_out[rows], None if probabilities is None else probabilities[rows], resamples
+
+
+def _reference_count(reference: np.ndarray | None, statistics: Statistics | None) -> int | None:
+    """Images behind the Fréchet distances; None where published statistics do not say."""
+    if statistics is not None:
+        return statistics.count
+    return 0 if reference is None else len(reference)
+
+
+def _frechet(features: np.ndarray | None, against: Statistics | None, resamples: int, seed: int) -> dict[str, Any]:
+    if features is None or against is None or len(features) < 2:
+        return {"frechet": None, "frechet_interval": None}
+    distance = frechet_distance(statistics_of(features), against)
+    ends = list(resampling.interval(features, against, resamples, seed)) if resamples else None
+    return {"frechet": distance, "frechet_interval": ends}
+
+
+def _kernel(reference: np.ndarray | None, features: np.ndarray | None, subsets: int, size: int, seed: int) -> dict[str, Any]:
+    pair = None if reference is None or features is None else kid(reference, features, subsets, size, seed)
+    return dict(zip(("kid", "kid_error"), pair or (None, None), strict=True))
+
+
+def _overlap(reference: np.ndarray | None, features: np.ndarray | None, neighbours: int) -> dict[str, Any]:
+    """Precision and recall want as many real images as measured ones."""
+    shared = 0 if reference is None or features is None else min(len(features), len(reference))
+    if reference is None or features is None or shared <= neighbours:
+        return {"precision": None, "recall": None, "density": None, "coverage": None, "precision_recall_count": shared}
+    return {**overlap(_some(reference, shared), _some(features, shared), neighbours)._asdict(), "precision_recall_count": shared}
+
+
+def _inception_score(probabilities: np.ndarray | None) -> dict[str, Any]:
+    pair = None if probabilities is None else inception_score(_some(probabilities, len(probabilities)))
+    return dict(zip(("inception_score", "inception_score_error"), pair or (None, None), strict=True))
+
+
 def _some(features: np.ndarray, count: int) -> np.ndarray:
-    """`count` rows, always the same ones; not the first, since rows often come class by class."""
-    return features[np.random.Generator(np.random.Philox(0)).permutation(len(features))[:count]]
+    """`count` rows, always the same ones, in a shuffled order."""
+    return features[_order(len(features))[:count]]
+
+
+def _rows(total: int, count: int) -> np.ndarray | slice:
+    """Which `count` of so many rows to take, always the same; not the first, since rows often come class by class."""
+    return slice(None) if count >= total else np.sort(_order(total)[:count])
+
+
+def _order(total: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(0)).permutation(total)

@@ -1,21 +1,44 @@
 """Generating images: image i depends on (seed, i) alone, whatever batch or process it is made in."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2c_ray.config import SampleConfig
-from d2c_ray.diffusion import samplers
+from d2c_ray.config import SAMPLERS, SampleConfig
+from d2c_ray.diffusion import ddpm, samplers
 from d2c_ray.models.frozen import Vae, in_batches, to_uint8
+from d2c_ray.models.transformer import TransformerSpec
 from d2c_ray.models.weights import Student
 from d2c_ray.seeding import derive
 
-AUTO = {"sit": "euler", "dit": "ddpm"}
+THREE = 3  # channels that the published sampling of DiT and SiT guides
 
 
-def sampler_name(sample: SampleConfig, kind: str) -> str:
+def sampler_name(sample: SampleConfig, spec: TransformerSpec) -> str:
     """The sampler that 'auto' stands for."""
-    return AUTO[kind] if sample.sampler == "auto" else sample.sampler
+    return SAMPLERS[spec.kind, spec.path][0] if sample.sampler == "auto" else sample.sampler
+
+
+def guided_channels(sample: SampleConfig, spec: TransformerSpec) -> int:
+    """How many channels of an image, the first ones, are guided."""
+    return min(THREE, spec.channels) if sample.guidance_channels == "three" else spec.channels
+
+
+def facts(sample: SampleConfig, spec: TransformerSpec) -> dict[str, Any]:
+    """What of the sampling changes the numbers that its images get, as it acts and not as it was asked for.
+
+    guidance_interval and guidance_channels are None where there is no guidance, or where it is not limited.
+    """
+    guided = sample.guidance > 1.0
+    channels, interval = guided_channels(sample, spec), list(sample.guidance_interval)
+    return {
+        "sampler": sampler_name(sample, spec), "steps": sample.steps, "guidance": sample.guidance,
+        "guidance_interval": interval if guided and interval != [0.0, 1.0] else None,
+        "guidance_channels": channels if guided and channels < spec.channels else None,
+        "class_draw": sample.class_draw, "sample_seed": sample.seed, "sample_precision": sample.precision,
+    }  # fmt: skip
 
 
 def draw_labels(indices: Tensor, classes: Tensor, class_draw: str, seed: int) -> Tensor:
@@ -45,7 +68,8 @@ def generate(student: Student, sample: SampleConfig, indices: Tensor, vae: Vae |
     spec = student.spec
     device = next(student.network.parameters()).device
     shape = (spec.channels, spec.input_size, spec.input_size)
-    sampler = samplers.SAMPLERS[sampler_name(sample, spec.kind)]
+    sampler = samplers.find(sampler_name(sample, spec), spec.kind, spec.path)
+    channels, unit = guided_channels(sample, spec), float(ddpm.NUM_STEPS) if spec.kind == "dit" else 1.0
     # Labels may have gaps, and a class that was never trained is not asked for.
     classes = torch.as_tensor(student.meta.get("labels") or range(spec.num_classes))
     labels = draw_labels(indices, classes, sample.class_draw, sample.seed)
@@ -55,7 +79,7 @@ def generate(student: Student, sample: SampleConfig, indices: Tensor, vae: Vae |
             return student.predict(x, t, label)
 
     def run(batch: Tensor, label: Tensor) -> Tensor:
-        predict = samplers.guided(network, label.to(device), spec.num_classes, sample.guidance, spec.channels)
+        predict = samplers.guided(network, label.to(device), spec.num_classes, sample.guidance, channels, sample.guidance_interval, unit)
         noise = image_noise(sample.seed, batch, 0, shape).to(device)
         return sampler(predict, noise, sample.steps, lambda step: image_noise(sample.seed, batch, step + 1, shape).to(device)).cpu()
 

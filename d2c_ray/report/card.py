@@ -14,16 +14,16 @@ from PIL import Image
 from d2c_ray.config import DataConfig
 from d2c_ray.data import provenance, tables
 from d2c_ray.data.decode import decode
+from d2c_ray.evaluate.record import differences
 from d2c_ray.plan import READS
 from d2c_ray.progress import clock
-from d2c_ray.report import contact_sheet
+from d2c_ray.report import contact_sheet, numbers
 from d2c_ray.rundir import write_bytes, write_text
 
 NAME, PICTURE = "README.md", "examples.png"
 SHOWN_CLASSES, SHOWN_IMAGES = 10, 8  # of the picture
 SHOWN_PIXELS = 96  # a side of an image in it, at most
 NAMED_CLASSES = 100
-FEW_SAMPLES = 10_000  # below this a Fréchet distance is dominated by its own bias
 _SIZES = (
     (1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"),
     (100_000_000, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"), (10**11, "10B<n<100B"), (10**12, "100B<n<1T"),
@@ -34,6 +34,7 @@ _BIASES = {
     "hardest": "Only the hardest images of each class are in it: the unusual, the cluttered and the mislabelled.",
     "medium": "Images of middling difficulty alone are in it: neither the plainest nor the most unusual.",
     "random": "The draw is random: rare kinds of image may be missing by chance.",
+    "all": "Every image is in it that could be decoded: it is the source itself, with what is attached.",
     "stratified": "Every range of difficulty is drawn from alike, so rare scores are over-represented; a cutoff leaves the hardest out.",
 }
 _BY_FEATURES = "It was chosen in the features of a frozen network: what that network cannot tell apart was not spread out."
@@ -99,7 +100,10 @@ def _is_local(path: str) -> bool:
 
 def _context(stated: dict[str, Any], pictured: list[int], metrics: dict[str, dict[str, Any]] | None) -> dict[str, Any]:
     data, selection, files = stated["data"], stated["selection"], stated["files"]
-    title = f"{_source_name(stated)}, condensed to {stated['rows']:,} images"
+    condensed = (
+        f"all {stated['rows']:,} images" if stated["selection"].get("selector") == "all" else f"condensed to {stated['rows']:,} images"
+    )
+    title = f"{_source_name(stated)}, {condensed}"
     classes = _shown(stated["class_names"], NAMED_CLASSES)
     columns, snippets = _columns(stated), _snippets(stated)
     selector = selection.get("selector", "")
@@ -111,7 +115,7 @@ def _context(stated: dict[str, Any], pictured: list[int], metrics: dict[str, dic
         "columns": columns, "shown_classes": classes, "chosen": _chosen(selection), "settings": _settings(selection), "attached": _attached(stated),
         "cost": [*((text(stage), f"{seconds:,.1f}") for stage, seconds in stated["cost_seconds"].items()), _total(stated["cost_seconds"])],
         "results": _results(metrics) if metrics else [], "records": _records(metrics) if metrics else [], "code": snippets,
-        "command": _command(stated), "made": _made(stated), "bias": _BIASES.get(selector, _BY_FEATURES), "image_size": data["image_size"],
+        "whole": selector == "all", "command": _command(stated), "made": _made(stated), "bias": _BIASES.get(selector, _BY_FEATURES), "image_size": data["image_size"],
     }  # fmt: skip
 
 
@@ -170,9 +174,19 @@ def _contents(stated: dict[str, Any]) -> list[tuple[str, str]]:
         ("images", f"{stated['rows']:,}, encoded as the source had them; used at {data['image_size']} x {data['image_size']} px, {data['channels']} channels"),
         ("classes", f"{len(names):,}" if names else "none"),
         ("source", text(_source_name(stated)) + (f" ({text(data['source'])})" if data.get("source") else "")),
-        ("horizontal flips", "both sides attached" if stated["flip"] else "off: images are trained on as they are"),
+        ("horizontal flips", _flips(stated)),
         ("fingerprint", code(stated["fingerprint"])),
     ]  # fmt: skip
+
+
+def _flips(stated: dict[str, Any]) -> str:
+    if not stated["flip"]:
+        return "off: images are trained on as they are"
+    return (
+        "on: what is stored is stored of both sides, the rest is made of the side that is shown"
+        if provenance.in_training(stated)
+        else "both sides attached"
+    )
 
 
 def _columns(stated: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -193,9 +207,10 @@ def tensors(stated: dict[str, Any]) -> dict[str, tuple[str, list[int], str]]:
     """dtype, shape of a row, and meaning of every tensor column; fixed-size binary in the file."""
     sides, latent, data = 1 + stated["flip"], stated["latent"], stated["data"]
     found: dict[str, tuple[str, list[int], str]] = {}
-    if latent["kind"] == "pixels":
+    online = provenance.in_training(stated)
+    if latent["kind"] == "pixels" or online:
         found["pixels"] = ("uint8", [data["image_size"], data["image_size"], data["channels"]], "decoded and cropped, never flipped")
-    else:
+    if latent["kind"] != "pixels" and "latent" not in online:
         shape = [sides, latent["channels"], latent["side"], latent["side"]]
         found["latent_mean"] = ("float16", shape, "the VAE's posterior mean, unscaled")
         found["latent_std"] = ("float16", shape, "its standard deviation")
@@ -247,8 +262,13 @@ def _attached(stated: dict[str, Any]) -> list[str]:
         lines.append(f"Pixels, {latent['channels']} x {latent['side']} x {latent['side']}: no VAE.")
     else:
         name = f" of {code(place(vae['path']))} ({vae['precision']})" if vae else ""
+        how = (
+            "not stored, encoded from the pixels while training"
+            if "latent" in provenance.in_training(stated)
+            else "posterior mean and standard deviation in fp16"
+        )
         lines.append(
-            f"Latents{name}: posterior mean and standard deviation in fp16, {latent['channels']} x {latent['side']} x {latent['side']}, {sides}; "
+            f"Latents{name}: {how}, {latent['channels']} x {latent['side']} x {latent['side']}, {sides}; "
             f"encoder weights {code(latent.get('encoder', 'unknown'))}, scale {latent.get('scale', 1.0)}, shift {latent.get('shift', 0.0)}."
         )
     if words:
@@ -264,7 +284,12 @@ def _attached(stated: dict[str, Any]) -> list[str]:
             f"{stated['grid']} x {stated['grid']} tokens x {vision['width']}, {sides}, stored as {text(vision['storage'])}; "
             f"the smallest cosine of a stored token to the encoder's own is {vision['cosine_min']:.5f}."
         )
-    if not stated["vision"]:
+    online = [name for name in provenance.in_training(stated) if name != "latent"]
+    lines += [
+        f"Vision tokens `{name}`: not stored, encoded from the pixels while training, by the encoder that a training names."
+        for name in online
+    ]
+    if not stated["vision"] and not online:
         lines.append("No vision tokens.")
     return lines
 
@@ -275,24 +300,19 @@ def _total(seconds: dict[str, float]) -> tuple[str, str]:
 
 
 def _results(metrics: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """A row for real images, and for every student and the subset it was trained on."""
-    rows: list[list[str]] = []
+    """Headings, then a row for real images, and for every student and the subset it was trained on."""
+    shown: list[numbers.Row] = []
     for arm, found in metrics.items():
-        counts = found["counts"]
-        if not rows:
-            rows.append(["real images, held out", *_measured(found["real"], counts["real"], found["probe_accuracy"])])
-        rows.append([text(arm), *_measured(found["generated"], counts["generated"], found["label_agreement"])])
-        rows.append(["floor: the dataset's own images", *_measured(found["subset"], counts["subset"], None)])
-    return rows
-
-
-def _measured(found: dict[str, Any], count: int, agreement: float | None) -> list[str]:
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
+        shown += numbers.real_row(found) if not shown else []
+        for row in numbers.rows(arm, found, unguided=found.get("unguided")):
+            row.name = "floor: the dataset's own images" if row.kind == "floor" else text(row.name)
+            shown.append(row)
+    keys = numbers.columns(shown)
+    headings = ["", "images", *(numbers.COLUMNS[key].rstrip(" ↓↑") for key in keys)]
     return [
-        f"{count:,}", number(found["frechet"], ".1f"), number(found["precision"], ".3f"), number(found["recall"], ".3f"), number(agreement, ".1%"),
-    ]  # fmt: skip
+        headings,
+        *([row.name, f"{row.count:,}", *(numbers.cell(row.values, key).replace(numbers.NONE, "-") for key in keys)] for row in shown),
+    ]
 
 
 def _records(metrics: dict[str, dict[str, Any]]) -> list[str]:
@@ -303,28 +323,28 @@ def _records(metrics: dict[str, dict[str, Any]]) -> list[str]:
         said.setdefault(_record(record), []).append(arm)
     lines = [words if len(said) == 1 else f"{', '.join(text(arm) for arm in arms)}: {words}" for words, arms in said.items()]
     if len(said) > 1:
-        every = list(records.values())
-        differ = sorted({name for record in every for name in record if any(other.get(name) != record[name] for other in every)})
+        differ = [name for name, _ in differences(list(records.values()))]
+        if differ:
+            lines.append(
+                f"**The rows above were not measured alike:** their records differ in {', '.join(text(name) for name in differ)}. Compare them with care."
+            )
+    if min(found["counts"]["generated"] for found in metrics.values()) < numbers.FEW_SAMPLES:
         lines.append(
-            f"**The rows above were not measured alike:** their records differ in {', '.join(text(name) for name in differ)}. Compare them with care."
+            f"At fewer than {numbers.FEW_SAMPLES:,} generated images a Fréchet distance is biased upwards, for real images too: read it only beside the row of real images."
         )
-    if min(found["counts"]["generated"] for found in metrics.values()) < FEW_SAMPLES:
-        lines.append(
-            f"At fewer than {FEW_SAMPLES:,} generated images a Fréchet distance is biased upwards, for real images too: read it only beside the row of real images."
-        )
-    network = text(next(iter(records.values())).get("network", "?"))
-    lines.append(f"Distances are in the features of {network}, not Inception's: none of them is an FID or comparable with a published one.")
+    lines.append(numbers.what_it_is(text(next(iter(records.values())).get("network", "?"))))
     return lines
 
 
 def _record(record: dict[str, Any]) -> str:
     """An evaluation record in words."""
     known = {
-        "sampler": "{} sampler", "steps": "{} steps", "guidance": "guidance {}", "guidance_interval": "in the interval {}", "weights": "{} weights",
+        "sampler": "{} sampler", "steps": "{} steps", "guidance": "guidance {}", "guidance_interval": "in the interval {}", "guidance_channels": "of {} channels", "weights": "{} weights",
         "ema_decay": "EMA decay {}", "vae_decoder": "VAE decoder {}", "class_draw": "{} class draw", "sample_seed": "sampling seed {}",
         "sample_precision": "sampled in {}", "train_images": "trained on {} images shown", "network": "measured in {}", "network_weights": "(weights {})",
         "network_image_size": "at {} px", "image_size": "images of {} px", "generated": "{} generated images", "reference": "{} real ones in the reference",
-        "reference_features": "(features {})", "neighbours": "precision and recall with {} neighbours", "seeds": "{} training seed(s)",
+        "reference_images": "(images {})", "reference_statistics": "(distances to the statistics {})", "neighbours": "precision and recall with {} neighbours",
+        "kid_subsets": "KID over {} subsets", "kid_subset_size": "of {} images", "bootstrap": "{} resamplings behind intervals", "seeds": "{} training seed(s)",
     }  # fmt: skip
     words = [
         known[name].format(text(f"{record[name]:,}" if type(record[name]) is int else record[name]))
@@ -343,9 +363,14 @@ def _command(stated: dict[str, Any]) -> str:
     values = {"data.image_size": data["image_size"], "data.channels": data["channels"], "data.flip": str(stated["flip"]).lower()}
     values |= {f"select.{name}": selection[name] for name in ("selector", "budget", "balance", "k", "f", "seed") if selection.get(name)}
     values["attach.text.encoder"] = words["encoder"] if words else "none"
-    values["attach.vision.encoder"] = stated["vision"].get("vision", {}).get("encoder", "none")
+    online = provenance.in_training(stated)
+    if "vision" in online:
+        values["attach.vision.encode"] = "training"
+    else:
+        values["attach.vision.encoder"] = stated["vision"].get("vision", {}).get("encoder", "none")
     if stated.get("vae"):
         values["vae.path"] = stated["vae"]["path"]
+        values |= {"vae.encode": "training"} if "latent" in online else {}
     words = [shlex.quote(" ".join(f"{name}={place(value)}".split())) for name, value in values.items()]
     return "d2c attach CONFIG.yaml " + " ".join(words)
 

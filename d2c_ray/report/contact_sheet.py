@@ -11,7 +11,12 @@ STRIP_PIXELS = 56  # height of an image in a strip, at least
 
 def strip(images: list[np.ndarray], gap: int = 2) -> str:
     """Images (H x W x C uint8, one size) side by side on white, enlarged by whole steps where small: a PNG data URI."""
-    return "data:image/png;base64," + base64.b64encode(sheet([images], gap)).decode() if images else ""
+    return data_uri(sheet([images], gap)) if images else ""
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG file as a page can hold it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def sheet(rows: list[list[np.ndarray]], gap: int = 2) -> bytes:

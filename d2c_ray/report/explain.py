@@ -122,6 +122,8 @@ def reason(options: SelectConfig, row: dict[str, Any], chosen: pa.Table, place: 
         return [*lines, "the class gave no image: its quota was 0"]
     if options.selector in FEATURE_SELECTORS:
         lines.append(f"{options.selector} looks at the whole set in feature space, so that no image is kept or left for its own sake")
+    elif options.selector == "all":
+        lines.append("every image is kept that can be decoded")
     elif options.selector == "random":
         lines.append("the choice was random: the lowest of keys that a seed gives to every image")
     elif place is not None:

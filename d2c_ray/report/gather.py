@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from d2c_ray.config import get, to_dict
-from d2c_ray.data import score_parts, tables, units
+from d2c_ray.data import provenance, score_parts, tables, units
 from d2c_ray.data.decode import decode
 from d2c_ray.plan import Node, Plan
 from d2c_ray.selection.baselines import NEEDS_SCORES
 
 # In the order of the bill; 'reference' and 'evaluate' are measuring, not making.
-BILL = ("manifest", "teacher", "score", "embed", "select", "attach", "train", "sample", "reference", "evaluate")
+BILL = ("manifest", "teacher", "score", "embed", "select", "attach", "train", "sample", "unguided", "reference", "evaluate")
 
 
 @dataclass
@@ -48,7 +49,7 @@ def arms(plan: Plan) -> list[Arm]:
                 nodes=nodes,
                 metrics=json.loads((nodes["evaluate"].folder / "metrics.json").read_text()),
                 curve=read_curve(nodes["train"].folder / "metrics.jsonl"),
-                chosen=tables.read(nodes["select"].dir.parts()),
+                chosen=tables.read(nodes["attach"].folder / provenance.SELECTION),
                 selector=selector,
                 seconds={stage: None if stage in free or stage not in nodes else nodes[stage].dir.success()["seconds"] for stage in BILL},
             )
@@ -103,7 +104,10 @@ def candidates(plan: Plan) -> pa.Table:
     table = scores(plan)
     if table is not None:
         return table
-    table = tables.read(plan.of("embed")[0].dir.parts(), ["sample_id", "label"])
+    embedded = plan.of("embed")
+    # Where nobody needed features either, all images were kept that could be decoded.
+    parts = embedded[0].dir.parts() if embedded else [plan.of("attach")[0].folder / provenance.SELECTION]
+    table = tables.read(parts, ["sample_id", "label"])
     return table.append_column("score", pa.nulls(len(table), pa.float32()))
 
 
@@ -119,18 +123,38 @@ def images(plan: Plan, sample_ids: np.ndarray) -> dict[int, np.ndarray]:
     return found
 
 
-def samples(plan: Plan, arm: Arm, count: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Labels and pixels of an arm's first generated images."""
+def samples(plan: Plan, node: Node, count: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Labels and pixels of a sampling's first images; none where only their features were kept."""
     labels, pixels = [], []
-    data = plan.config.data
-    for path in arm.nodes["sample"].dir.parts():
-        table = tables.read(path)
+    for path in _with_images(node):
+        table = tables.read(path, ["label", "image"])
         for label, image in zip(table.column("label").to_pylist(), table.column("image").to_pylist(), strict=True):
             labels.append(label)
-            pixels.append(decode(image, data.image_size, data.channels, data.max_pixels))
+            pixels.append(_decoded(plan, image))
             if len(labels) == count:
                 return np.asarray(labels), pixels
     return np.asarray(labels), pixels
+
+
+def samples_at(plan: Plan, node: Node, indices: set[int]) -> dict[int, np.ndarray]:
+    """Pixels of a sampling's images by their index; none where only their features were kept."""
+    found: dict[int, np.ndarray] = {}
+    for path in _with_images(node):
+        wanted = [i for i, index in enumerate(tables.read(path, ["index"]).column("index").to_pylist()) if index in indices]
+        if wanted:  # the images of a part are read only where some of them are shown
+            table = tables.read(path, ["index", "image"]).take(pa.array(wanted))
+            images = table.column("image").to_pylist()
+            found |= {index: _decoded(plan, image) for index, image in zip(table.column("index").to_pylist(), images, strict=True)}
+    return found
+
+
+def _with_images(node: Node) -> list[Path]:
+    return [path for path in node.dir.parts() if "image" in pq.read_schema(path).names]
+
+
+def _decoded(plan: Plan, image: bytes) -> np.ndarray:
+    data = plan.config.data
+    return decode(image, data.image_size, data.channels, data.max_pixels)
 
 
 def shown_classes(plan: Plan) -> list[tuple[int, str]]:

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from d2c_ray.config import FEATURE_SELECTORS, to_dict
+from d2c_ray.config import FEATURE_SELECTORS, in_training, to_dict
 from d2c_ray.data import score_parts
 from d2c_ray.plan import Plan
 from d2c_ray.progress import clock
-from d2c_ray.report import contact_sheet, gather, plots
+from d2c_ray.report import compare, contact_sheet, gather, numbers, plots
 from d2c_ray.rundir import versions, write_text
+from d2c_ray.tracking import PREVIEWS
 
-VERSION = 3  # raise it when the page changes
+VERSION = 6  # raise it when the page changes
 MOST_CLASSES = 1000  # of a selection's table that the page shows
-FEW_SAMPLES = 10_000  # below this a Fréchet distance is dominated by its own bias
+SHOWN_PREVIEWS = 4  # of a training
+SHOWN_PAIRS = 16  # of a student, generated and nearest training image
 
 
 def write(plan: Plan) -> Path:
@@ -49,8 +51,9 @@ def context(plan: Plan) -> dict[str, Any]:
     arms, classes = gather.arms(plan), gather.shown_classes(plan)
     data = plan.of("manifest")[0].dir.success()
     scored = plan.of("score")[0].dir.success() if plan.of("score") else None
-    judged = scored or plan.of("embed")[0].dir.success()
+    judged = scored or (plan.of("embed") or plan.of("attach"))[0].dir.success()
     table = gather.candidates(plan)
+    shown = shown_samples(arms)
     ids, labels, scores = (table.column(name).to_numpy() for name in ("sample_id", "label", "score"))
     if scored:
         for arm in arms:
@@ -62,14 +65,20 @@ def context(plan: Plan) -> dict[str, Any]:
         "num_classes": len(data["facts"]["class_names"]),
         "arms": arms,
         "notices": notices(plan, arms),
-        "rows": result_rows(arms),
+        "measured": measured(arms),
+        "per_class": per_class(arms, data["facts"]["class_names"]),
+        "copying": copying(plan, arms),
+        "equal": equal_rows(arms),
+        "equal_words": compare.trained_alike([(arm.name, _images_seen(arm), arm.seconds["train"]) for arm in arms]),
         "bill": bill(arms),
         "record": arms[0].metrics["record"],
         "differences": gather.differences(plan),
         "histogram": plots.score_histogram(scores, np.maximum(labels, 0), ids, arms, classes) if scored else None,
         "curves": plots.training_curves(arms),
+        "trainings": [training(arm) for arm in arms],
         "sheet": contact_rows(plan, table, arms[0], classes),
-        "gallery": gallery_rows(plan, arms, classes, table),
+        "gallery": gallery_rows(plan, shown, classes, table),
+        "shown": shown,
         "score": scored["facts"] if scored else None,
         "rejected": judged["rows_rejected"],
         "subsets": [subset(arm) for arm in arms],
@@ -88,24 +97,58 @@ def subset(arm: gather.Arm) -> dict[str, Any]:
     return {
         "arm": arm, "images": len(arm.chosen), "share": selected.dir.success()["facts"]["share"], "bytes": facts["bytes"],
         "classes": classes, "more_classes": count - len(classes), "table": f"{selected.name}/{score_parts.CLASSES}",
-        "facts": facts, "folder": attached.name,
+        "facts": facts, "folder": attached.name, "online": _online(arm),
     }  # fmt: skip
+
+
+def training(arm: gather.Arm) -> dict[str, Any]:
+    """How an arm's training went: losses, rates (medians over its log records), and the samples it made on the way."""
+    curve, folder = arm.curve, arm.nodes["train"].folder
+
+    def median(key: str) -> float | None:
+        values = [point[key] for point in curve if point.get(key) is not None]
+        return float(np.median(values)) if values else None
+
+    made = sorted((folder / PREVIEWS).glob("images-*.png"))
+    return {
+        "arm": arm, "images": curve[-1]["images"] if curve else 0,
+        "first_loss": curve[0]["loss"] if curve else None, "last_loss": curve[-1]["loss"] if curve else None,
+        "rate": median("images_per_sec"), "wait": median("data_wait_share"), "mfu": median("mfu"),
+        "peak": next((point["mfu_peak"] for point in curve if point.get("mfu_peak")), None),
+        "previews": [
+            {"images": int(path.stem.rpartition("-")[2]), "picture": contact_sheet.data_uri(path.read_bytes())}
+            for path in (made[i] for i in contact_sheet.evenly(len(made), SHOWN_PREVIEWS))
+        ],
+    }  # fmt: skip
+
+
+def _online(arm: gather.Arm) -> str:
+    """What an arm's training encodes of the images it shows, in words; empty where all is stored."""
+    config = arm.nodes["train"].config
+    names = {
+        "latent": f"latents by {config.vae.path}",
+        **{column: f"{column} by {own.encoder}" for column, own in config.attach.encoders().items()},
+    }
+    found = [names[name] for name in in_training(config)]
+    return f" while training: {', '.join(found)}" if found else ""
 
 
 def notices(plan: Plan, arms: list[gather.Arm]) -> list[str]:
     """What a reader must know before comparing the numbers."""
     found = []
     record = arms[0].metrics["record"]
-    if record["generated"] < FEW_SAMPLES:
+    if record["generated"] < numbers.FEW_SAMPLES:
+        real = "the statistics given" if record["reference"] is None else f"{record['reference']:,} real ones"
         found.append(
-            f"So small a run decides nothing about methods: {record['generated']:,} generated images against {record['reference']:,} real ones. A Fréchet distance is biased upwards "
+            f"So small a run decides nothing about methods: {record['generated']:,} generated images against {real}. A Fréchet distance is biased upwards "
             "at such counts, for real images too, so read it only beside the rows of real images and of the subset."
         )
     if record["seeds"] == 1 and len(arms) > 1:
         found.append("One seed: a difference between students can be chance. Nothing here is a claim that one is better.")
-    found.append(
-        f"Distances are in the features of {record['network']}, not Inception's: none of them is an FID or comparable with a published one."
-    )
+    found += dict.fromkeys(caveat for arm in arms for caveat in numbers.caveats(arm.metrics))
+    for network in (record["network"], *(arms[0].metrics.get("more") or {})):
+        every = [own for arm in arms if (own := compare.in_network(arm.metrics, network)) is not None]
+        found += dict.fromkeys(note for own in every for note in numbers.network_notes(network, own))
     chosen_by = sorted({arm.selector for arm in arms if arm.selector in FEATURE_SELECTORS})
     if chosen_by:
         found.append(
@@ -119,42 +162,112 @@ def notices(plan: Plan, arms: list[gather.Arm]) -> list[str]:
     return found
 
 
-def result_rows(arms: list[gather.Arm]) -> list[dict[str, Any]]:
-    """The table of metrics: real images first, then every student and the subset it was trained on."""
-    counts, real = arms[0].metrics["counts"], arms[0].metrics["real"]
-    rows = [
-        {
-            "name": "real images, held out",
-            "kind": "real",
-            "count": counts["real"],
-            **real,
-            "agreement": arms[0].metrics["probe_accuracy"],
-            "colour": None,
-        }
-    ]
+def result_rows(arms: list[gather.Arm], network: str = "") -> list[numbers.Row]:
+    """The table of metrics: real images first, then every student, its images without guidance, and the subset it was trained on.
+
+    Args:
+        network: one of evaluate.more_networks; empty: the main one.
+    """
+    main = arms[0].metrics["record"]["network"]
+    rows: list[numbers.Row] = []
     for index, arm in enumerate(arms):
+        own = compare.in_network(arm.metrics, network or main)
+        if own is None:
+            continue
         colour = plots.COLOURS[index % len(plots.COLOURS)]
-        rows.append(
-            {
-                "name": arm.name,
-                "kind": "student",
-                "count": arm.metrics["counts"]["generated"],
-                **arm.metrics["generated"],
-                "agreement": arm.metrics["label_agreement"],
-                "colour": colour,
-            }
-        )
-        rows.append(
-            {
-                "name": f"floor: its subset of {arm.metrics['counts']['subset']:,}",
-                "kind": "floor",
-                "count": arm.metrics["counts"]["subset"],
-                **arm.metrics["subset"],
-                "agreement": None,
-                "colour": colour,
-            }
-        )
+        rows += (numbers.real_row(own) if not rows else []) + numbers.rows(arm.name, own, colour, own.get("unguided"))
     return rows
+
+
+def measured(arms: list[gather.Arm]) -> list[dict[str, Any]]:
+    """A table for each network: its headings, and its rows with their cells."""
+    found = []
+    for network in (arms[0].metrics["record"]["network"], *(arms[0].metrics.get("more") or {})):
+        rows = result_rows(arms, network)
+        keys = numbers.columns(rows)
+        found.append(
+            {
+                "network": network,
+                "headings": [numbers.COLUMNS[key] for key in keys],
+                "rows": [{"row": row, "cells": [numbers.value_and_error(row.values, key) for key in keys]} for row in rows],
+                "interval": any(row.values.get("frechet_interval") for row in rows),
+            }
+        )
+    return found
+
+
+def per_class(arms: list[gather.Arm], class_names: list[str]) -> list[dict[str, Any]]:
+    """Each student's best and worst classes in each network, with their Fréchet distances; none where no class has enough images."""
+
+    def named(some: list[tuple[str, float]]) -> str:
+        known = {str(label): name for label, name in enumerate(class_names)}
+        return ", ".join(f"{known.get(label) or f'label {label}'} {numbers.distance(value)}" for label, value in some)
+
+    rows = []
+    for network in (arms[0].metrics["record"]["network"], *(arms[0].metrics.get("more") or {})):
+        for index, arm in enumerate(arms):
+            found = (compare.in_network(arm.metrics, network) or {}).get("per_class")
+            if found:
+                best, worst = numbers.per_class(found)
+                colour = plots.COLOURS[index % len(plots.COLOURS)]
+                rows.append(
+                    {"arm": arm, "network": network, "colour": colour, "classes": len(found), "best": named(best), "worst": named(worst)}
+                )
+    return rows
+
+
+def shown_samples(arms: list[gather.Arm]) -> list[dict[str, Any]]:
+    """Every sampling of the report, guided and unguided, with its student's colour."""
+    return [
+        {
+            "arm": arm,
+            "name": arm.name if stage == "sample" else f"{arm.name}, without guidance",
+            "node": arm.nodes[stage],
+            "metrics": arm.metrics if stage == "sample" else arm.metrics.get("unguided") or {},
+            "colour": plots.COLOURS[index % len(plots.COLOURS)],
+        }
+        for index, arm in enumerate(arms)
+        for stage in ("sample", "unguided")
+        if stage in arm.nodes
+    ]
+
+
+def copying(plan: Plan, arms: list[gather.Arm]) -> dict[str, Any] | None:
+    """How close samples come to the images they were trained on, and the closest of them beside those; None where nobody measured it."""
+    every = [own for own in shown_samples(arms) if own["metrics"].get("copying")]
+    if not every:
+        return None
+    closest = [own["metrics"]["copying"].get("pairs", [])[:SHOWN_PAIRS] for own in every]
+    nearest = gather.images(plan, np.asarray([pair["sample_id"] for pairs in closest for pair in pairs], np.int64))
+    samplings = []
+    for own, pairs in zip(every, closest, strict=True):
+        made = gather.samples_at(plan, own["node"], {pair["index"] for pair in pairs})
+        shown = [
+            {**pair, "picture": contact_sheet.strip([made[pair["index"]], nearest[pair["sample_id"]]])}
+            for pair in pairs
+            if pair["index"] in made and pair["sample_id"] in nearest
+        ]
+        samplings.append({**own, "pairs": shown, "kept": bool(made) or not pairs, "lines": numbers.copying(own["metrics"]["copying"])})
+    return {"samplings": samplings, "labels": [label for label, _ in samplings[0]["lines"]]}
+
+
+def equal_rows(arms: list[gather.Arm]) -> list[dict[str, Any]]:
+    """What each student saw and took, and how many images it had seen when the fastest was done."""
+    least = min((arm.seconds["train"] or 0.0) for arm in arms)
+    rows = []
+    for arm in arms:
+        seconds, seen = arm.seconds["train"] or 0.0, _images_seen(arm)
+        rows.append(
+            {
+                "arm": arm, "kept": len(arm.chosen), "seen": seen, "epochs": seen / max(1, len(arm.chosen)), "seconds": seconds,
+                "at_equal_seconds": round(seen * min(1.0, least / seconds)) if seconds else None, "all_seconds": arm.total_seconds,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _images_seen(arm: gather.Arm) -> int:
+    return arm.nodes["train"].dir.success()["facts"]["images"]
 
 
 def bill(arms: list[gather.Arm]) -> list[dict[str, Any]]:
@@ -198,13 +311,18 @@ def contact_rows(plan: Plan, table: pa.Table, arm: gather.Arm, classes: list[tup
     ]
 
 
-def gallery_rows(plan: Plan, arms: list[gather.Arm], classes: list[tuple[int, str]], table: pa.Table) -> list[dict[str, Any]]:
-    """A class a row: real images beside each student's, the first of each, not the best."""
+def gallery_rows(plan: Plan, shown: list[dict[str, Any]], classes: list[tuple[int, str]], table: pa.Table) -> list[dict[str, Any]]:
+    """A class a row: real images beside each student's, the first of each, not the best.
+
+    Args:
+        shown: of `shown_samples`.
+    """
     wanted = plan.config.report.images_per_class
     ids, labels = table.column("sample_id").to_numpy(), np.maximum(table.column("label").to_numpy(), 0)
     real = {label: ids[labels == label][:wanted] for label, _ in classes}
     pixels = gather.images(plan, np.concatenate(list(real.values())))
-    generated = [gather.samples(plan, arm, wanted * len(plan.of("manifest")[0].dir.success()["facts"]["class_names"])) for arm in arms]
+    count = wanted * len(plan.of("manifest")[0].dir.success()["facts"]["class_names"])
+    generated = [gather.samples(plan, own["node"], count) for own in shown]
     rows = []
     for label, name in classes:
         students = [

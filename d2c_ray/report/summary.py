@@ -3,32 +3,17 @@
 from d2c_ray.data import score_parts
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
-from d2c_ray.report import gather, html
+from d2c_ray.report import gather, html, numbers
 
 
 def print_summary(plan: Plan) -> None:
     """The table of what was measured, what must be known to read it, and where the report is."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     arms = gather.arms(plan)
-    table = Table(title=f"{plan.folder.name}: measured in {arms[0].metrics['record']['network']}", title_justify="left")
-    for name in ("", "Fréchet distance", "precision", "recall", "label agreement", "images"):
-        table.add_column(name, justify="left" if not name else "right")
-    for row in html.result_rows(arms):
-        agreement = f"{row['agreement']:.1%}" if row["agreement"] is not None else "-"
-        style = "bold" if row["kind"] == "student" else None
-        table.add_row(
-            row["name"],
-            _number(row["frechet"], 1),
-            _number(row["precision"], 3),
-            _number(row["recall"], 3),
-            agreement,
-            f"{row['count']:,}",
-            style=style,
-        )
-    console.print(table)
+    print(f"{plan.folder.name}: measured in {arms[0].metrics['record']['network']}")
+    print("\n".join(numbers.as_text(html.result_rows(arms), brief=True)))
     for arm in arms:
         console.print(f"{arm.name}: {clock(arm.total_seconds)} in all, {clock(arm.seconds['train'] or 0)} of it training")
     for notice in html.notices(plan, arms):

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2c_ray.diffusion import ddpm, flow
+from d2c_ray import diffusion
+from d2c_ray.diffusion import flow
 from d2c_ray.models.frozen import in_batches
 from d2c_ray.models.teachers import Teacher
 
@@ -19,7 +20,7 @@ CONVENTIONS = {"dit": "noise", "sit": "velocity"}
 
 def timesteps(kind: str, count: int, t_min: float, t_max: float) -> Tensor:
     """T: midpoints of equal strata, integers for a DiT, floats in [0, 1] for a SiT."""
-    return (ddpm if kind == "dit" else flow).score_timesteps(count, t_min, t_max)
+    return diffusion.objective(kind).score_timesteps(count, t_min, t_max)
 
 
 def errors(teacher: Teacher, z: Tensor, label: Tensor, draws: Tensor, t: Tensor, device_batch: int) -> Tensor:
@@ -34,14 +35,13 @@ def errors(teacher: Teacher, z: Tensor, label: Tensor, draws: Tensor, t: Tensor,
     """
     z, label, draws, t = (_on(teacher.device, part) for part in (z, label, draws, t))  # once, not a batch at a time
     count, steps = draws.shape[:2]
-    objective = ddpm if teacher.kind == "dit" else flow
+    objective = diffusion.objective(teacher.kind, teacher.path)
 
     def run(pair: Tensor) -> Tensor:
         image, step = pair // steps, pair % steps
         clean, eps, at = z[image], draws[image, step], t[step]
         prediction = teacher.predict(objective.add_noise(clean, eps, at), at, label[image])
-        target = eps if teacher.kind == "dit" else eps - clean
-        return (prediction - target).square().flatten(1).mean(1)
+        return (prediction - objective.target(clean, eps, at)).square().flatten(1).mean(1)
 
     if not count:
         return torch.zeros(0, steps)
@@ -54,19 +54,20 @@ def _on(device: torch.device, values: Tensor) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
-def score(errors: np.ndarray, t: np.ndarray, kind: str) -> np.ndarray:
+def score(errors: np.ndarray, t: np.ndarray, kind: str, path: str = "linear") -> np.ndarray:
     """s(x): the mean over timesteps of the noise-prediction error, float32 N.
 
-    A velocity error e_v weighs timesteps differently; the comparable noise error is e_eps = (1 - t)^2 e_v.
+    A velocity error e_v weighs timesteps differently; the comparable noise error is `Flow.noise_error`, (1 - t)^2 e_v on
+    the linear path.
     """
     ones = torch.ones(len(t), dtype=torch.float64)
-    weights = (ones if kind == "dit" else flow.noise_error(ones, torch.as_tensor(t, dtype=torch.float64))).numpy()
+    weights = (ones if kind == "dit" else flow.Flow(path).noise_error(ones, torch.as_tensor(t, dtype=torch.float64))).numpy()
     return (errors.astype(np.float64) * weights).mean(1).astype(np.float32)
 
 
-def half_scores(errors: np.ndarray, t: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
+def half_scores(errors: np.ndarray, t: np.ndarray, kind: str, path: str = "linear") -> tuple[np.ndarray, np.ndarray]:
     """Scores of the even and of the odd timesteps alone, float32 N each: what `rank_stability` compares."""
-    return score(errors[:, 0::2], t[0::2], kind), score(errors[:, 1::2], t[1::2], kind)
+    return score(errors[:, 0::2], t[0::2], kind, path), score(errors[:, 1::2], t[1::2], kind, path)
 
 
 def rank_stability(even: np.ndarray, odd: np.ndarray, labels: np.ndarray) -> float | None:

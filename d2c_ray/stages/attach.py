@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2c_ray.config import encoder_key
-from d2c_ray.data import attached, condensed, provenance, storage, tables
+from d2c_ray.config import encoder_key, in_training
+from d2c_ray.data import attached, condensed, provenance, storage, tables, whole
 from d2c_ray.distributed import attach, cluster
 from d2c_ray.distributed.score import LATENTS
 from d2c_ray.errors import UserError
@@ -29,23 +30,24 @@ ROWS = "rows.parquet"
 def run(job: Job) -> Result:
     config, options, names = job.config, job.config.attach, job.facts("manifest")["class_names"]
     share = cluster.share(config.resources, job.places)
-    rows = _selection(job)
+    everything, online = config.select.selector == "all", in_training(config)
+    files, count = (job.inputs["manifest"].parts(), job.facts("manifest")["rows"]) if everything else _selection(job)
     write_classes = _classes(job, names, share)
 
     latent = latents.latent_facts(config)
     grid = latents.grid_side(latent, config.model)
     for stale in job.out.glob(".*"):  # what a killed process was writing
         stale.unlink(missing_ok=True)
-    rejects = Rejects("attach", len(rows), 1.0)
-    with job.progress(len(rows)) as progress:
+    rejects = Rejects("attach", count, config.data.max_rejected if everything else 1.0)
+    with job.progress(count) as progress:
         parts = attach.attach(
-            config, options.encoders(), [job.out / ROWS], grid, job.out, share, rejects, progress, options.rows_per_part,
-            keep_images=True, latents=_kept(job), class_names=names,
+            config, options.encoders(), files, grid, job.out, share, rejects, progress, options.rows_per_part,
+            keep_images=True, latents=_kept(job), class_names=names, online=online, all_readable=not everything,
         )  # fmt: skip
     write_classes()
     rejects.write(job.out)
     shutil.rmtree(job.out / "loading", ignore_errors=True)
-    if rejects.rows:
+    if rejects.rows and not everything:
         row = rejects.rows[0]
         raise UserError(
             f"attach: {len(rejects.rows)} chosen images can no longer be read, the first {row['key']}: {row['reason']}. They were readable when they were scored; has the source changed?"
@@ -57,32 +59,46 @@ def run(job: Job) -> Result:
             "cosine_min": _least(parts, column),
         }
         for column, own in options.encoders().items()
+        if column not in online
     }
+    done = sum(part["rows"] for part in parts)
+    chosen = _decoded(job) if everything else tables.read(job.out / provenance.SELECTION, ["label"])
+    selection = job.facts("select") | ({"images": done, "share": done / count} if everything else {})
     told = provenance.write(
-        job.out, fingerprint=job.fingerprint, rows=len(rows), class_names=names,
+        job.out, fingerprint=job.fingerprint, rows=done, class_names=names,
         data={"source": config.data.source, "path": _source(config.data.path), "image_size": config.data.image_size, "channels": config.data.channels},
         flip=config.data.flip, latent=latent, vae=_vae(job), grid=grid, text=text.facts(options.text) if options.text.encoder != "none" else None,
-        vision=shown, selection=job.facts("select"), cost_seconds=_costs(job), versions=versions(),
+        vision=shown, in_training=online, selection=selection, cost_seconds=_costs(job), versions=versions(),
     )  # fmt: skip
     card.write(job.out, told)
     return Result(
-        len(rows), sum(part["rows"] for part in parts), 0,
+        count, done, len(rejects.rows),
         {
-            "class_names": names, "labels": sorted({max(0, label) for label in rows.column("label").to_pylist()}), "flip": config.data.flip, "latent": latent, "fingerprint": job.fingerprint,
-            "text_encoder": options.text.encoder, "vision": shown, "bytes": sum(path.stat().st_size for path in job.out.glob("part-*.parquet")),
+            "class_names": names, "labels": np.unique(np.maximum(chosen.column("label").to_numpy(), 0)).tolist(), "flip": config.data.flip, "latent": latent, "fingerprint": job.fingerprint,
+            "in_training": online, "text_encoder": options.text.encoder, "vision": shown, "bytes": sum(path.stat().st_size for path in job.out.glob("part-*.parquet")),
         },
     )  # fmt: skip
 
 
-def _selection(job: Job) -> pa.Table:
-    """Writes the chosen images' manifest rows, and what the selection says of them; gives the rows."""
+def _selection(job: Job) -> tuple[list[Path], int]:
+    """Writes the chosen images' manifest rows, and what the selection says of them; gives the file of the rows and their number."""
     chosen = tables.read(job.inputs["select"].parts()).sort_by("sample_id")
     selected = chosen.column("sample_id").combine_chunks()
     parts = [tables.read(path) for path in job.inputs["manifest"].parts()]
     rows = pa.concat_tables([part.filter(pc.is_in(part.column("sample_id"), selected)) for part in parts])
     tables.write(job.out / ROWS, rows, {}, job.config.attach.rows_per_part)
     tables.write(job.out / provenance.SELECTION, chosen, job.facts("select"))
-    return rows
+    return [job.out / ROWS], len(rows)
+
+
+def _decoded(job: Job) -> pa.Table:
+    """Writes the selection of all images that could be decoded, and gives it."""
+    chosen = tables.read(job.inputs["select"].parts())
+    kept = tables.read(sorted(job.out.glob("part-*.parquet")), ["sample_id"]).column("sample_id")
+    if len(kept) < len(chosen):
+        chosen = whole.selection(chosen.filter(pc.is_in(chosen.column("sample_id"), kept.combine_chunks())))
+    tables.write(job.out / provenance.SELECTION, chosen, job.facts("select"))
+    return chosen
 
 
 def _classes(job: Job, names: list[str], share: cluster.Share) -> Callable[[], None]:

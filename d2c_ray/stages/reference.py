@@ -1,11 +1,13 @@
-"""reference: features of real images, some to measure against and some held out to measure themselves."""
+"""reference: features of real images, some to measure against and some held out to measure themselves; in every network."""
 
 import numpy as np
 import pyarrow as pa
 
-from d2c_ray.data import tables
+from d2c_ray.data import manifest, measured, reference_stats, tables
 from d2c_ray.distributed import cluster, embed
+from d2c_ray.evaluate import frechet, record
 from d2c_ray.job import Job, Result
+from d2c_ray.models import networks
 from d2c_ray.rejects import Rejects
 from d2c_ray.seeding import derive
 
@@ -19,15 +21,31 @@ def run(job: Job) -> Result:
     table = pa.concat_tables([tables.read(path) for path in job.inputs["manifest"].parts()]).take(pa.array(chosen))
     tables.write(job.out / "rows.parquet", table, {}, embed.ROWS_PER_UNIT)
     rejects = Rejects("reference", len(table), config.data.max_rejected)
+    features = job.out / "features.parquet"
     with job.progress(len(table)) as progress:
-        embed.embed_rows(
-            config, job.out / "rows.parquet", job.out / "features.parquet", cluster.share(config.resources, job.places), rejects, progress
-        )
+        embed.embed_rows(config, job.out / "rows.parquet", features, cluster.share(config.resources, job.places), rejects, progress)
     rejects.write(job.out)
+    # What evaluate.reference of another run, and clean-fid, can take distances to.
+    found = {}
+    for index, own in enumerate(networks.every(config.evaluate).values()):
+        ids, _, values, _ = measured.read(features, own["network"])
+        kept = values[~np.isin(ids, order[:held_out])]
+        file = f"statistics{f'-{index}' if index else ''}.npz"
+        if len(kept) > 1:
+            reference_stats.write(job.out / file, frechet.statistics(kept))
+        found[own["network"]] = {**own, "images": len(kept), "statistics": file if len(kept) > 1 else None}
+    done = tables.read(features, ["id"]).column("id").to_numpy()
+    measured_against = table.filter(pa.array(np.isin(chosen, done) & ~np.isin(chosen, order[:held_out])))
     facts = {
-        "held_out_ids": sorted(int(i) for i in order[:held_out]),
-        "reference": len(chosen) - held_out,
-        "network": config.evaluate.network,
-    }
-    done = len(tables.read(job.out / "features.parquet", ["id"]))
-    return Result(len(table), done, len(rejects.rows), facts)
+        "held_out_ids": sorted(int(i) for i in order[:held_out]), "reference": len(chosen) - held_out, "networks": found,
+        "reference_images": _which(job, measured_against),
+    }  # fmt: skip
+    return Result(len(table), len(done), len(rejects.rows), facts)
+
+
+def _which(job: Job, rows: pa.Table) -> str:
+    """A hash of what the images of manifest rows are: where in which source, and what is made of them before a network sees them."""
+    data, storage = job.config.data, job.config.storage
+    source = manifest.fingerprint(manifest.find(data, storage), data, storage)
+    about = f"{source}|{data.image_column}|{data.image_size}|{data.channels}"
+    return record.images_hash([about, *rows.column("key").to_pylist()])

@@ -1,10 +1,14 @@
 """sample: images of a trained student."""
 
+from d2c_ray.config import Config, SampleConfig
+from d2c_ray.data import generated
 from d2c_ray.distributed import cluster, pool, trainer
 from d2c_ray.distributed.actors import Sampler
 from d2c_ray.evaluate import sampling
 from d2c_ray.job import Job, Result
-from d2c_ray.models import latents, weights
+from d2c_ray.models import latents, networks, weights
+from d2c_ray.models.transformer import TransformerSpec
+from d2c_ray.rundir import StageDir
 
 UNIT_BATCHES = 2  # device batches a part
 
@@ -14,6 +18,7 @@ def run(job: Job) -> Result:
     model = job.inputs["train"].path / trainer.MODEL
     sample = config.sample
     share = cluster.share(config.resources, job.places)
+    generated.clean(job.out)
     per_unit = sample.device_batch * UNIT_BATCHES
     parts = [
         {"unit": index, "start": start, "stop": min(start + per_unit, sample.num_images)}
@@ -26,6 +31,8 @@ def run(job: Job) -> Result:
         "out": str(job.out),
         "sample": sample,
         "vae": config.vae,
+        "evaluate": config.evaluate,
+        "networks": _measured_in(config) if sample.keep == "none" else {},
         "device": share.device,
         "threads": share.threads,
     }
@@ -33,10 +40,27 @@ def run(job: Job) -> Result:
         for _, result in pool.run_pool(Sampler, actor_args, work, share):
             progress.advance(result["rows"])
             finished += result["rows"]
-    spec = weights.read_meta(model)["spec"]
+    _keep(job, sample)
+    spec = TransformerSpec(**weights.read_meta(model)["spec"])
     record = {
-        "sampler": sampling.sampler_name(sample, spec["kind"]), "steps": sample.steps, "guidance": sample.guidance, "guidance_interval": None,
-        "weights": sample.weights, "ema_decay": trained["ema_decay"], "vae_decoder": latents.latent_facts(config).get("vae"), "class_draw": sample.class_draw,
-        "sample_seed": sample.seed, "sample_precision": sample.precision, "train_images": trained["images"],
+        **sampling.facts(sample, spec), "weights": sample.weights, "ema_decay": weights.decay(sample.weights, trained["ema_decay"]),
+        "vae_decoder": latents.latent_facts(config).get("vae"), "train_images": trained["images"],
     }  # fmt: skip
     return Result(sample.num_images, finished, 0, {"record": record})
+
+
+def _measured_in(config: Config) -> dict[str, str]:
+    """The networks that measure, with the hashes of their weights."""
+    return {name: own["weights"] for name, own in networks.every(config.evaluate).items()}
+
+
+def _keep(job: Job, sample: SampleConfig) -> None:
+    """The other forms that images are kept in, of the parts."""
+    if sample.keep not in ("png", "npz"):
+        return
+    parts, title = StageDir(job.out).parts(), f"{job.title}: write {sample.keep}"
+    with job.progress(sample.num_images, title=title) as progress:
+        if sample.keep == "png":
+            generated.write_pngs(parts, job.out, progress.advance)
+        else:
+            generated.write_npz(parts, job.out / generated.NPZ, sample.num_images, progress.advance)

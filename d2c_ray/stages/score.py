@@ -22,12 +22,12 @@ def run(job: Job) -> Result:
     trained = job.inputs["teacher"].path / trainer.MODEL
     model = str(given.absolute() if given.exists() else config.teacher.checkpoint) if config.teacher.checkpoint else str(trained)
     latent = latents.latent_facts(config)
-    options = config.score
+    options, path = config.score, teacher.get("path", "linear")
     t = difficulty.timesteps(teacher["kind"], options.num_timesteps, options.t_min, options.t_max).numpy()
     metadata = {
         "timesteps": t.tolist(), "num_timesteps": len(t), "seed": options.seed, "convention": difficulty.CONVENTIONS[teacher["kind"]],
         "teacher": teachers.content_hash(teachers.resolve(model)), "latent": latent, "image_size": config.data.image_size,
-        "precision": options.precision, "device_batch": options.device_batch, "compile": options.compile,
+        "precision": options.precision, "device_batch": options.device_batch, "compile": options.compile, **({"path": path} if path != "linear" else {}),
     }  # fmt: skip
     rejects = Rejects("score", data["rows"], config.data.max_rejected)
     shape = (latent["channels"], latent["side"], latent["side"])
@@ -46,13 +46,14 @@ def run(job: Job) -> Result:
             rejects,
             progress,
             metadata,
+            path,
         )
     rejects.write(job.out)
-    rows, summary = summarise(sorted(job.out.glob("part-*.parquet")), t, teacher["kind"])
+    rows, summary = summarise(sorted(job.out.glob("part-*.parquet")), t, teacher["kind"], path)
     return Result(data["rows"], rows, len(rejects.rows), {**metadata, **summary})
 
 
-def summarise(parts: list[Path], t: np.ndarray, kind: str) -> tuple[int, dict]:
+def summarise(parts: list[Path], t: np.ndarray, kind: str, path: str = "linear") -> tuple[int, dict]:
     """Rows, and what a finished table says of itself; a part at a time is in memory.
 
     Raises:
@@ -61,16 +62,16 @@ def summarise(parts: list[Path], t: np.ndarray, kind: str) -> tuple[int, dict]:
     broken: list[str] = []
     num_broken, total, device = 0, 0.0, ""
     labels, even, odd = [], [], []
-    for path in parts:
-        table = tables.read(path, ["key", "label", "errors"])
-        device = tables.metadata(path)["device"]
+    for part in parts:
+        table = tables.read(part, ["key", "label", "errors"])
+        device = tables.metadata(part)["device"]
         errors = table.column("errors").combine_chunks().flatten().to_numpy().reshape(-1, len(t))
         bad = np.flatnonzero(~np.isfinite(errors).all(1))
         num_broken += len(bad)
         broken += table.column("key").take(bad[: 5 - len(broken)]).to_pylist()
         total += float(errors.sum(dtype=np.float64))
         labels.append(table.column("label").to_numpy())
-        halves = difficulty.half_scores(errors, t, kind) if len(t) > 1 else (errors[:, 0], errors[:, 0])
+        halves = difficulty.half_scores(errors, t, kind, path) if len(t) > 1 else (errors[:, 0], errors[:, 0])
         even.append(halves[0])
         odd.append(halves[1])
     rows = sum(len(part) for part in labels)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from d2c_ray import schema
 from d2c_ray.config import DEFAULT_F, FEATURE_SELECTORS, SelectConfig
-from d2c_ray.data import features, score_parts, tables
+from d2c_ray.data import features, score_parts, tables, whole
 from d2c_ray.errors import UserError
 from d2c_ray.job import Job, Result
 from d2c_ray.selection import rank
@@ -18,7 +18,19 @@ from d2c_ray.selection.baselines import SELECTORS, nominal
 
 
 def run(job: Job) -> Result:
+    if job.config.select.selector == "all":
+        return _all(job)
     return _by_features(job) if job.config.select.selector in FEATURE_SELECTORS else _by_scores(job)
+
+
+def _all(job: Job) -> Result:
+    """Every image of the manifest; attach leaves out those that cannot be decoded."""
+    chosen = whole.selection(tables.read(job.inputs["manifest"].parts(), ["sample_id", "key", "label"]))
+    facts = {"selector": "all", "images": len(chosen)}
+    tables.write(job.out / "part-00000.parquet", chosen, facts)
+    classes = whole.classes(chosen, job.facts("manifest")["class_names"])
+    tables.write(job.out / score_parts.CLASSES, classes, facts)
+    return Result(len(chosen), len(chosen), 0, {**facts, "share": 1.0, "num_classes": len(classes), "shortfall": 0})
 
 
 def _by_scores(job: Job) -> Result:

@@ -1,6 +1,7 @@
 """teacher: the model that judges difficulty, given or trained on all the data."""
 
 from d2c_ray import job as jobs
+from d2c_ray.config import in_training
 from d2c_ray.distributed import attach, cluster, trainer
 from d2c_ray.models import latents, teachers, weights
 from d2c_ray.plan import checked_checkpoint
@@ -15,7 +16,7 @@ def run(job: jobs.Job) -> jobs.Result:
     if config.teacher.checkpoint:
         folder, known = checked_checkpoint(config)
         facts = {
-            "kind": known.kind, "trained_here": False, "source": known.source, "checkpoint": str(folder), "num_classes": known.num_classes,
+            "kind": known.kind, "path": known.path, "trained_here": False, "source": known.source, "checkpoint": str(folder), "num_classes": known.num_classes,
             "class_map": teachers.class_map(data["class_names"], data["class_counts"], known, config.teacher.classes),
         }  # fmt: skip
         return jobs.Result(data["rows"], data["rows"], 0, facts)
@@ -27,13 +28,24 @@ def run(job: jobs.Job) -> jobs.Result:
     rejects = Rejects("teacher", data["rows"], config.data.max_rejected)
     if not (whole / SUCCESS).is_file():
         grid = latents.grid_side(latent, config.teacher.model)
+        missing = [name for name in in_training(config) if name == "latent"]
         share = cluster.share(config.resources, job.places)
         with job.progress(data["rows"], title="teacher: read images") as progress:
             parts = attach.attach(
-                config, {}, job.inputs["manifest"].parts(), grid, whole, share, rejects, progress, ROWS_PER_PART, keep_images=False
+                config,
+                {},
+                job.inputs["manifest"].parts(),
+                grid,
+                whole,
+                share,
+                rejects,
+                progress,
+                ROWS_PER_PART,
+                keep_images=False,
+                online=missing,
             )
         facts = {
-            "class_names": data["class_names"], "labels": [label for label, size in enumerate(data["class_counts"]) if size], "flip": config.data.flip, "latent": latent, "fingerprint": f"{job.fingerprint}-all",
+            "class_names": data["class_names"], "labels": [label for label, size in enumerate(data["class_counts"]) if size], "flip": config.data.flip, "latent": latent, "fingerprint": f"{job.fingerprint}-all", "in_training": missing,
             "rows": sum(part["rows"] for part in parts), "rejected": rejects.rows,
         }  # fmt: skip
         write_json(whole / SUCCESS, {"facts": facts})
@@ -47,5 +59,5 @@ def run(job: jobs.Job) -> jobs.Result:
         data["rows"],
         done,
         len(rejects.rows),
-        {"kind": spec["kind"], "trained_here": True, "metrics": "metrics.jsonl", "class_map": class_map},
+        {"kind": spec["kind"], "path": spec["path"], "trained_here": True, "metrics": "metrics.jsonl", "class_map": class_map},
     )

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2c_ray.models.frozen import Vae
+from d2c_ray.models.vision import Encoder
 from d2c_ray.seeding import derive
 
 BLOCK = 16  # positions that share one generator; a worker takes whole blocks
@@ -27,7 +29,7 @@ class TrainingSet:
     labels: np.ndarray  # int64, N; in 0..num_classes-1
     num_classes: int
     flip: bool
-    pixels: np.ndarray | None = None  # uint8, N x H x W x C
+    pixels: np.ndarray | None = None  # uint8, N x H x W x C: what a model without a VAE is trained on, or what is encoded as it is shown
     latent_mean: np.ndarray | None = None  # float16, N x F x C x H x W, unscaled
     latent_std: np.ndarray | None = None
     latent_scale: float = 1.0  # the VAE's scaling factor
@@ -36,6 +38,10 @@ class TrainingSet:
     vision_scale: np.ndarray | None = None  # float32, N x F x L, with int8
     text_states: Tensor | None = None  # float32, num_classes x K x E
     text_mask: Tensor | None = None  # num_classes x K
+    # Frozen encoders on the device of training, of pixels as they are shown, for what is not stored.
+    vae: Vae | None = None
+    vision_encoder: Encoder | None = None
+    grid: int = 0  # side of the model's token grid, on which the vision encoder's tokens lie
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,20 +49,33 @@ class TrainingSet:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the model is trained on."""
-        if self.pixels is not None:
-            height, width, channels = self.pixels.shape[1:]
-            return channels, height, width
-        assert self.latent_mean is not None
-        return self.latent_mean.shape[2:]
+        if self.latent_mean is not None:
+            return self.latent_mean.shape[2:]
+        assert self.pixels is not None
+        height, width, channels = self.pixels.shape[1:]
+        return self.vae.latent_shape(height) if self.vae is not None else (channels, height, width)
+
+    @property
+    def posterior(self) -> bool:
+        """Whether the model is trained on draws from a VAE's posterior."""
+        return self.latent_mean is not None or self.vae is not None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether there are vision tokens to align with, stored or made as images are shown."""
+        return self.vision is not None or self.vision_encoder is not None
 
 
 @dataclass
 class Draws:
-    """Randomness of a run of batch positions. All from one generator a block of `BLOCK` positions."""
+    """Randomness of a run of batch positions. All from one seed a block of `BLOCK` positions.
 
-    uniform_t: Tensor  # B
-    flip: Tensor  # B, bool
-    dropped: Tensor  # B, bool
+    What the host decides by lies on the host, so that nobody waits for the device to hear of it.
+    """
+
+    uniform_t: Tensor  # B, on the host
+    flip: Tensor  # B, bool, on the host
+    dropped: Tensor  # B, bool, on the host
     noise: Tensor  # B x C x H x W
     posterior: Tensor | None  # B x C x H x W
 
@@ -91,11 +110,15 @@ def draw(
 ) -> Draws:
     """Randomness of positions `first` to `first + count` of a step's global batch; `first` is a multiple of BLOCK."""
     parts: list[tuple[Tensor, ...]] = []
-    generator = torch.Generator(device=device)
+    host = torch.Generator()
+    generator = host if device.type == "cpu" else torch.Generator(device=device)
     for block_start in range(first, first + count, BLOCK):
-        generator.manual_seed(derive(seed, "step", step, block_start // BLOCK) >> 1)
+        block_seed = derive(seed, "step", step, block_start // BLOCK) >> 1
+        host.manual_seed(block_seed)
+        if generator is not host:
+            generator.manual_seed(block_seed)
         # A whole block is always drawn, so that a batch's last, shorter block equals the head of a full one.
-        uniform = torch.rand(3, BLOCK, generator=generator, device=device)
+        uniform = torch.rand(3, BLOCK, generator=host)
         noise = torch.randn(BLOCK, *shape, generator=generator, device=device)
         extra = torch.randn(BLOCK, *shape, generator=generator, device=device) if posterior else noise
         kept = min(BLOCK, first + count - block_start)
@@ -108,6 +131,20 @@ def draw(
         noise=torch.cat([part[1] for part in parts]),
         posterior=torch.cat([part[2] for part in parts]) if posterior else None,
     )
+
+
+def share(batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Positions (first, stop) of a global batch that a worker takes: whole blocks, as evenly as they divide.
+
+    Only a batch's last block may be short, and it is the last worker's.
+
+    Raises:
+        ValueError: fewer blocks than workers.
+    """
+    blocks = -(-batch // BLOCK)
+    if blocks < world_size:
+        raise ValueError(f"a batch of {batch} is {blocks} blocks of {BLOCK} images, too few for {world_size} workers")
+    return rank * blocks // world_size * BLOCK, min(batch, (rank + 1) * blocks // world_size * BLOCK)
 
 
 class Gatherer:
@@ -167,25 +204,43 @@ class Gatherer:
 def gather(data: TrainingSet, rows: np.ndarray, draws: Draws, align: bool, gatherer: Gatherer | None = None) -> Mapping[str, Tensor]:
     """The images of `rows` as tensors on the device of `draws`. `gatherer` is kept from batch to batch, for its buffers.
 
+    What is not stored is encoded here, of the image as it is shown (mirrored or not), by encoders that see batches of one
+    size: how a step's images are spread over workers changes no bit of it.
+
     Returns:
         z: B x C x H x W, float32: pixels in [-1, 1], or scaled latents drawn from their posterior. label: B, the null
         class where dropped. vision: B x L x V float32 up to a scale a token, where `align`.
     """
     device = draws.noise.device
     gatherer = gatherer or Gatherer(device)
-    side = draws.flip.cpu().numpy()
-    if data.pixels is not None:
-        pixels = gatherer.take("pixels", data.pixels, rows)  # B x H x W x C
-        z = pixels.permute(0, 3, 1, 2) / 127.5 - 1.0
-        z = torch.where(draws.flip[:, None, None, None], z.flip(-1), z)
-    else:
-        assert data.latent_mean is not None and data.latent_std is not None and draws.posterior is not None
-        mean = gatherer.take("latent_mean", data.latent_mean, rows, side)
-        std = gatherer.take("latent_std", data.latent_std, rows, side)
+    side = draws.flip.numpy()
+    shown: Tensor | None = None
+    if data.vae is not None or (align and data.vision_encoder is not None):
+        assert data.pixels is not None
+        pixels = gatherer.take("pixels", data.pixels, rows, None, None)  # B x H x W x C
+        shown = torch.where(draws.flip.to(device)[:, None, None, None], pixels.flip(2), pixels)
+    if data.latent_mean is not None or data.vae is not None:
+        assert draws.posterior is not None
+        if data.vae is not None:
+            assert shown is not None
+            mean, std = data.vae.encode(shown, stay=True)
+        else:
+            assert data.latent_mean is not None and data.latent_std is not None
+            mean = gatherer.take("latent_mean", data.latent_mean, rows, side)
+            std = gatherer.take("latent_std", data.latent_std, rows, side)
         z = (mean + std * draws.posterior - data.latent_shift) * data.latent_scale
-    label = torch.from_numpy(data.labels[rows]).to(device)
-    batch = {"z": z, "label": torch.where(draws.dropped, data.num_classes, label)}
-    if align:
+    elif shown is not None:
+        z = shown.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    else:
+        assert data.pixels is not None
+        z = gatherer.take("pixels", data.pixels, rows).permute(0, 3, 1, 2) / 127.5 - 1.0
+        z = torch.where(draws.flip.to(device)[:, None, None, None], z.flip(-1), z)
+    label = torch.where(draws.dropped, data.num_classes, torch.from_numpy(data.labels[rows]))
+    batch = {"z": z, "label": label.to(device)}
+    if align and data.vision_encoder is not None:
+        assert shown is not None
+        batch["vision"] = data.vision_encoder.tokens(shown, data.grid, stay=True)
+    elif align:
         assert data.vision is not None
         # The loss is a cosine, which a positive scale a token does not change: int8 tokens need none here.
         batch["vision"] = gatherer.take("vision", data.vision, rows, side)

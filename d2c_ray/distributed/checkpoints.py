@@ -1,0 +1,227 @@
+"""Where a training's checkpoints lie, and how they get there while training goes on.
+
+<storage>/checkpoints/checkpoint_<time>/ holds a state, checkpoint_manager_snapshot.json says which are whole: Ray's own layout,
+which the same command finds again. <storage>/kept/images-<count>/ holds those that are kept for good. <storage> is the stage's
+folder, or <resources.checkpoint_storage>/<run>/<stage>.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray.train
+from pyarrow import fs
+from ray.train import Checkpoint
+from safetensors import SafetensorError, safe_open
+
+from d2c_ray.config import StorageConfig
+from d2c_ray.data import storage
+from d2c_ray.errors import UserError
+from d2c_ray.rundir import UMASK
+from d2c_ray.training import state
+from d2c_ray.training.loop import crosses
+
+NAME = "checkpoints"
+KEPT = "kept"
+INDEX = "checkpoint_manager_snapshot.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder for one training's checkpoints, as Ray Train takes it."""
+
+    path: str  # on `filesystem`
+    filesystem: fs.FileSystem
+
+    @property
+    def local(self) -> Path | None:
+        return Path(self.path) if isinstance(self.filesystem, fs.LocalFileSystem) else None
+
+
+def where(root: str, stage: Path) -> str:
+    """The folder for the checkpoints of the stage with folder `stage`: below `root`, a folder or s3://bucket/prefix; empty: that folder itself.
+
+    Its run's name is part of it: runs that share a root may have stages of the same name.
+    """
+    stage = stage.absolute()
+    if not root:
+        return str(stage)
+    return storage.join(root if storage.is_remote(root) else str(Path(root).expanduser().absolute()), f"{stage.parent.name}/{stage.name}")
+
+
+def place(where: str, options: StorageConfig) -> Place:
+    """The folder `where` on its file system."""
+    if storage.is_remote(where):
+        return Place(where.removeprefix(storage.S3).rstrip("/"), _s3(options))
+    return Place(where, fs.LocalFileSystem())
+
+
+def check(where: str, options: StorageConfig) -> None:
+    """Refuses a place that cannot be written to, before workers are started for it.
+
+    Raises:
+        UserError: what the storage said.
+    """
+    storage.check(where)
+    found = place(where, options)
+    marker = f"{found.path}/written-here"
+    try:
+        found.filesystem.create_dir(found.path)
+        found.filesystem.open_output_stream(marker).close()
+        found.filesystem.delete_file(marker)
+    except OSError as error:
+        hint = f" The bucket must be there; see storage.endpoint and storage.region. {storage.WHERE}" if storage.is_remote(where) else ""
+        raise UserError(
+            f"resources.checkpoint_storage: checkpoints cannot be written to '{where}': {' '.join(str(error).split())}.{hint}"
+        ) from None
+
+
+def _s3(options: StorageConfig) -> fs.S3FileSystem:
+    """S3 as `storage` says. Each process looks for credentials itself: none are pickled, and none are written down."""
+    endpoint = urlsplit(options.endpoint)
+    chosen: dict[str, Any] = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if options.endpoint else {}
+    if options.region:
+        chosen["region"] = options.region
+    return fs.S3FileSystem(
+        anonymous=options.anonymous, connect_timeout=options.timeout_sec, request_timeout=options.timeout_sec,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=options.attempts), **chosen,
+    )  # fmt: skip
+
+
+def mend(place: Place) -> Path | None:
+    """Sets aside checkpoints whose index Ray was writing when it was killed, and finds the newest whole one among them.
+
+    Ray does not write its index whole, and refuses to start on half of one. On S3 an object appears whole or not at all, so
+    there is nothing to mend. What was set aside goes when an index names a checkpoint again.
+    """
+    if place.local is None:
+        return None
+    folder = place.local / NAME
+    try:
+        if json.loads((folder / INDEX).read_text()).get("checkpoint_results"):
+            for aside in folder.parent.glob(f"{folder.name}-set-aside-*"):
+                shutil.rmtree(aside, ignore_errors=True)
+        return None
+    except FileNotFoundError:
+        pass
+    except json.JSONDecodeError:
+        folder.rename(folder.with_name(f"{folder.name}-set-aside-{len(list(folder.parent.glob(folder.name + '-*')))}"))
+    whole = []
+    for state_file in folder.parent.glob(f"{folder.name}-set-aside-*/checkpoint_*/{state.META}"):
+        with suppress(json.JSONDecodeError, SafetensorError, FileNotFoundError), safe_open(state_file.with_name(state.STATE), "pt"):
+            whole.append((json.loads(state_file.read_text())["step"], state_file.parent))
+    return max(whole)[1] if whole else None
+
+
+def tidy(place: Place) -> None:
+    """Removes checkpoints that no index names: those on their way when a worker or the driver was killed. While nobody writes."""
+    try:
+        with place.filesystem.open_input_stream(f"{place.path}/{NAME}/{INDEX}") as file:
+            index = json.loads(file.read())
+    except FileNotFoundError:
+        return
+    named = {result["checkpoint_dir_name"] for result in index.get("checkpoint_results", [])}
+    for entry in place.filesystem.get_file_info(fs.FileSelector(f"{place.path}/{NAME}")) if named else []:
+        if entry.type == fs.FileType.Directory and entry.base_name.startswith("checkpoint_") and entry.base_name not in named:
+            with suppress(OSError):
+                place.filesystem.delete_dir(entry.path)
+
+
+class Uploads:
+    """Brings a training's states to its storage in the background, one at a time. On every rank; rank 0 has the states.
+
+    Args:
+        keep_every: images between the checkpoints that are kept for good; 0: none are.
+        batch: images a step.
+    """
+
+    def __init__(self, place: Place, rank: int, keep_every: int, batch: int):
+        self._place, self._rank, self._keep_every, self._batch = place, rank, keep_every, batch
+        self._idle = threading.Event()
+        self._idle.set()
+
+    def __call__(self, step: int, save: state.Saver) -> None:
+        """As `loop.train` calls it. Returns when the state is copied; what is later than that does not change it."""
+        if self._rank != 0:
+            # A barrier: every worker reports, rank 0 brings the state.
+            ray.train.report({"step": step}, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
+            return
+        self._idle.wait()  # so that one copy of the state is in memory at most
+        taken = save.snapshot()
+        self._idle.clear()
+        images = step * self._batch
+        keep = self._keep_every and crosses(images, self._batch, self._keep_every)
+
+        def upload(known: Checkpoint, name: str) -> Checkpoint:
+            nonlocal taken
+            try:
+                path = f"{self._place.path}/{NAME}/{name}"
+                self._place.filesystem.create_dir(path)
+                _write(self._place, path, taken)
+                if keep:
+                    _keep(self._place, path, f"{self._place.path}/{KEPT}/images-{images:09d}", taken)
+                return Checkpoint(path, filesystem=known.filesystem)
+            finally:
+                del taken  # Ray may hold on to this function
+                self._idle.set()
+
+        ray.train.report(
+            {"step": step},
+            # Ray's own file system, which it compares the new checkpoint's with; `upload` gives that one its path.
+            checkpoint=Checkpoint(self._place.path, filesystem=ray.train.get_context().get_storage().storage_filesystem),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+            delete_local_checkpoint_after_upload=False,  # there is none, and the path is the whole place's
+        )
+
+
+def _write(place: Place, path: str, taken: state.Snapshot) -> None:
+    if place.local is not None:
+        taken.write(Path(path))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        taken.write(Path(folder))
+        for name in (state.STATE, state.META):
+            fs.copy_files(
+                str(Path(folder) / name), f"{path}/{name}", destination_filesystem=place.filesystem, chunk_size=16 << 20, use_threads=False
+            )
+
+
+def _keep(place: Place, source: str, target: str, taken: state.Snapshot) -> None:
+    """Keeps the checkpoint at `source`, of the state `taken`, under a second name. If that fails, training goes on without it."""
+    try:
+        if place.local is None:
+            _write(place, target, taken)  # in parts: S3 copies no object of more than 5 GiB; it is whole with its state.json, the last
+        else:
+            _link(source, target)
+    except Exception as error:  # whatever it is, the checkpoint itself is written
+        print(
+            f"d2c: the checkpoint is not kept at '{target}', and training goes on: {type(error).__name__}: {' '.join(str(error).split())}",
+            file=sys.stderr,
+        )
+
+
+def _link(source: str, target: str) -> None:
+    """Gives a checkpoint a second name, by a rename of hard links: it appears whole."""
+    if Path(target).is_dir():
+        return  # of the same steps, taken before an interruption
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{Path(target).name}.", dir=Path(target).parent))
+    try:
+        for name in (state.STATE, state.META):
+            try:
+                os.link(f"{source}/{name}", temporary / name)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(f"{source}/{name}", temporary / name)
+        temporary.chmod(0o777 & ~UMASK)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

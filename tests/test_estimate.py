@@ -1,0 +1,231 @@
+"""`d2c plan`: its arithmetic against numbers worked out by hand, published ones, and what autograd really keeps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEBUG, ROOT
+
+from d2c_ray import cli, estimate, pipeline
+from d2c_ray.config import Config, VisionConfig, arm_configs, load
+from d2c_ray.errors import UserError
+from d2c_ray.estimate import Data
+from d2c_ray.models.transformer import Transformer, TransformerSpec
+from d2c_ray.report import estimate as printed
+
+IMAGENET = Data(1_281_167, 1000)
+# Budget, k, batch, steps, depth and width: the paper's tables 1 to 3; XL at 100K and DiT-XL are not in it, and said so.
+ROWS = {
+    f"imagenet256_{kind}_{size}_{name}": (kind, 256, images, k, *run, *shape)
+    for kind in ("dit", "sit")
+    for name, images, k, xl_steps in (("10k", 10_000, 96, 40_000), ("50k", 50_000, 16, 180_000), ("100k", 100_000, 10, 180_000))
+    for size, run, shape in (("l", (128, 100_000), (24, 1024)), ("xl", (256, xl_steps), (28, 1152)))
+} | {f"imagenet512_{kind}_l_10k": (kind, 512, 10_000, 96, 256, 100_000, 24, 1024) for kind in ("dit", "sit")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_at_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No hub and an empty cache of it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+
+def imagenet(*overrides: str) -> Config:
+    return load(ROOT / "configs" / "imagenet256_sit_l_10k.yaml", overrides)
+
+
+def test_there_is_a_preset_for_every_row() -> None:
+    assert {path.stem for path in (ROOT / "configs").glob("imagenet*_*.yaml")} == set(ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_presets_are_the_papers_rows(name: str) -> None:
+    kind, size, images, k, batch, steps, depth, width = ROWS[name]
+    config = load(ROOT / "configs" / f"{name}.yaml")
+    assert (config.select.selector, config.select.budget, config.select.k) == ("interval", images, k)
+    assert (config.train.batch_size, config.train.num_images) == (batch, batch * steps)
+    assert (config.data.image_size, config.data.flip, config.model.kind, config.model.path) == (size, True, kind, "linear")
+    assert (config.train.ema_decay, config.train.align_weight, config.train.lr) == (0.9999, 0.5, 1e-4)
+    assert (config.sample.num_images, config.sample.steps, config.sample.guidance, config.sample.weights) == (50_000, 250, 1.5, "ema")
+    assert (config.attach.text.encoder, config.attach.text.tokens, config.attach.vision.encoder) == ("google/flan-t5-xl", 16, "dinov2-b")
+    assert config.vae.path == config.teacher.checkpoint == f"facebook/DiT-XL-2-{size}"
+    found = printed.collect(config)
+    student = found["students"]["student"]
+    assert (student["images"], student["of"], student["steps"]) == (images, 1_281_167, steps)
+    assert (student["model"]["depth"], student["model"]["width"]) == (depth, width)
+    assert found["stages"] == [] and "data.path" in found["no_stages"]
+    assert any(line.startswith("  assumed: facebook/DiT-XL-2-") for line in printed.lines(found))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "millions", "macs"), [("dit", "XL", 675.1, 118.64e9), ("dit", "L", 458.1, 80.71e9), ("sit", "B", 130.5, 23.01e9)]
+)
+def test_parameters_and_macs_are_the_published_ones(kind: str, size: str, millions: float, macs: float) -> None:
+    """DiT (arXiv 2212.09748), table 4, where the fixed positions count too; a SiT lacks the half of the output that is DiT's variance."""
+    config = imagenet(f"model.kind={kind}", f"model.size={size}", "attach.text.encoder=none", "attach.vision.encoder=none")
+    model = estimate.student(config, IMAGENET)["model"]
+    assert model["parameters"] == model["parameters_plain"]
+    assert (model["parameters"] + 256 * model["width"]) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert model["macs_forward"] == pytest.approx(macs, rel=2e-3)
+
+
+def test_bytes_by_hand() -> None:
+    """METHOD: 393 KB an image of bf16 tokens and 32 KB of latents at 256 px; four times that at 512."""
+    size = estimate.student(imagenet(), IMAGENET)["bytes"]
+    assert size["an_image"] == {
+        "sides": 2, "pixels": 256 * 256 * 3, "latents": 2 * 2 * 4 * 32 * 32 * 2, "tokens": {"vision": {"bf16": 2 * 393_216, "int8": 2 * 256 * (768 + 4)}},
+    }  # fmt: skip
+    assert size["dataset"]["latents"] == 10_000 * 32_768 and size["dataset"]["pixels"] == 0
+    assert size["dataset"]["tokens"] == 10_000 * 395_264
+    assert size["cache"] == 10_000 * (32_768 + 395_264 + 16)
+    large = load(ROOT / "configs" / "imagenet512_sit_l_10k.yaml")
+    assert estimate.student(large, IMAGENET)["bytes"]["an_image"]["tokens"]["vision"]["bf16"] == 2 * 4 * 393_216
+    wide = estimate.student(imagenet("attach.vision.storage=bf16", "data.flip=false"), IMAGENET)["bytes"]
+    assert wide["dataset"]["tokens"] == 10_000 * 393_216
+
+
+def test_full_data_stored_and_encoded_while_training() -> None:
+    """504 GB a flip in bf16; 252 GB of pixels instead, and nothing else where latents are encoded too."""
+    full = ("select.selector=all", "attach.vision.encode=training")
+    stored = estimate.student(imagenet("select.selector=all"), IMAGENET)
+    assert stored["images"] == 1_281_167
+    assert stored["bytes"]["either_way"]["tokens_bf16_a_flip"] == 1_281_167 * 393_216 == 503_775_363_072
+    vision = estimate.student(imagenet(*full), IMAGENET)["bytes"]
+    assert (vision["dataset"]["tokens"], vision["dataset"]["pixels"]) == (0, 1_281_167 * 196_608)
+    assert vision["cache"] == 1_281_167 * (196_608 + 32_768 + 16)
+    both = estimate.student(imagenet(*full, "vae.encode=training"), IMAGENET)
+    assert both["bytes"]["dataset"]["total"] == 1_281_167 * 196_608 and both["bytes"]["cache"] == 1_281_167 * (196_608 + 16)
+    assert both["in_training"] == ["latent", "vision"]
+    text = "\n".join(printed.lines(printed.collect(imagenet("select.selector=all"))))
+    assert "1.008 TB in bf16 (503.8 GB a flip)" in text and "251.9 GB of pixels" in text
+    plain = estimate.student(imagenet(*full, "train.align_weight=0"), IMAGENET)["bytes"]
+    assert plain["cache"] == 1_281_167 * (32_768 + 16), "pixels that nothing encodes are not opened"
+
+
+def test_flops_and_hours_by_hand() -> None:
+    config = imagenet("attach.text.encoder=none", "attach.vision.encoder=none", "vae.encode=training")
+    found = estimate.student(config, IMAGENET, estimate.gpu("NVIDIA H100 80GB HBM3", "bf16", 0.5))
+    model = 6 * found["model"]["macs_forward"] * 12_800_000
+    assert found["compute"]["model"] == model
+    vae = 2 * 136.36e9 * 12_800_000  # counted by torch on Stable Diffusion's encoder at 256 px
+    assert found["compute"]["encoders"]["facebook/DiT-XL-2-256"] == pytest.approx(vae, rel=1e-4)
+    assert found["compute"]["assumed"]["hours"] == pytest.approx(
+        (model / 989.4e12 + vae / 66.9e12) / 0.5 / 3600, rel=1e-4
+    )  # the VAE in fp32
+    recomputed = estimate.student(imagenet("resources.recompute=true"), IMAGENET)["compute"]
+    assert recomputed["model"] * 3 == estimate.student(imagenet(), IMAGENET)["compute"]["model"] * 4
+    half = estimate.student(imagenet("train.align_until=6400000", "attach.vision.encode=training"), IMAGENET)["compute"]
+    whole = estimate.student(imagenet("attach.vision.encode=training"), IMAGENET)["compute"]
+    assert half["encoders"]["dinov2-b"] * 2 == whole["encoders"]["dinov2-b"]
+    # ViT-B/14 of 224 px: 257 tokens through 12 blocks of 12 width^2 and attention, and 256 patches of 588 numbers.
+    assert estimate.vision_macs(VisionConfig(), 16) == 256 * 588 * 768 + 12 * (257 * 12 * 768**2 + 2 * 257**2 * 768)
+    unknown = estimate.student(imagenet("attach.vision.encoder=some/encoder", "attach.vision.encode=training"), IMAGENET)
+    assert unknown["compute"]["unknown"] == ["some/encoder"] and any("width of some/encoder" in what for what in unknown["assumed"])
+
+
+def test_weights_moments_and_checkpoints_are_exact(tmp_path: Path) -> None:
+    """Against a real state of the loop."""
+    from test_training import CONFIG, Run, spec
+
+    run = Run(tmp_path, CONFIG)
+    count = sum(parameter.numel() for parameter in run.model.parameters())
+    assert estimate.parameters(spec()) == count
+    written = (run.states[12] / "state.safetensors").stat().st_size
+    assert 0 < written - estimate.checkpoint_bytes(count, CONFIG) < 30_000, "but for the header"
+    config = imagenet("train.ema_also=[0.999]", "train.keep_every=1280000", "resources.train_workers=4")
+    found = estimate.student(config, IMAGENET)
+    count = found["model"]["parameters"]
+    assert [found["memory"][name] // count for name in ("weights", "gradients", "moments", "ema")] == [4, 4, 8, 8]
+    assert found["memory"]["micro_batch"] == 32
+    assert found["bytes"]["checkpoint"] == 20 * count and found["bytes"]["checkpoints"] == 20 * count * (2 + 10)
+    assert found["bytes"]["model"] == 12 * count
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize(("kind", "depth", "width", "heads", "batch"), [("sit", 3, 64, 4, 8), ("dit", 1, 96, 2, 5)])
+def test_activations_are_what_autograd_keeps(kind: str, depth: int, width: int, heads: int, batch: int, attached: bool, bf16: bool) -> None:
+    sides = {"text_tokens": 4, "text_width": 24, "vision_width": 40, "align_depth": 1, "align_hidden": 48} if attached else {}
+    spec = TransformerSpec(kind, 16, 4, 2, depth, width, heads, 10, **sides)
+    assert estimate.activations(spec, batch, bf16, features=False) == saved(spec, batch, bf16, False)
+    if attached:
+        loss = batch * 64 * 8 * 40  # not of the network
+        assert estimate.activations(spec, batch, bf16) - loss == saved(spec, batch, bf16, True)
+
+
+def saved(spec: TransformerSpec, batch: int, bf16: bool, features: bool) -> int:
+    """Bytes of all that a forward saves for backward, each storage once, without the parameters themselves."""
+    torch.manual_seed(0)
+    model = Transformer(spec)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
+        return tensor
+
+    text = {"text": torch.randn(batch, 4, 24), "text_mask": torch.ones(batch, 4)} if spec.text_tokens else {}
+    x, t, label = torch.randn(batch, 4, 16, 16), torch.rand(batch), torch.arange(batch)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        _out = model(x, t, label, features=features, **text)
+    return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
+
+
+def test_recompute_keeps_the_inputs_of_blocks_and_one_block() -> None:
+    spec = TransformerSpec("sit", 16, 4, 2, 12, 64, 4, 10)
+    plain, less = (estimate.activations(spec, 8, False, recompute) for recompute in (False, True))
+    one = (estimate.activations(TransformerSpec("sit", 16, 4, 2, 13, 64, 4, 10), 8, False)) - plain
+    assert plain - less == 11 * one - 12 * 8 * 64 * 64 * 4
+
+
+def test_with_the_data_at_hand_it_names_the_stages(debug_config) -> None:
+    config = debug_config("arms.Full={select: {selector: all}}", "arms.D2C={}")
+    before = printed.collect(config)
+    assert not any(stage["done"] for stage in before["stages"])
+    assert not (Path(config.run.dir) / config.run.name).exists(), "nothing was written"
+    pipeline.run(config, "manifest", say=lambda text: None)
+    found = printed.collect(config)
+    assert [stage["stage"] for stage in found["stages"] if stage["done"]] == ["manifest"]
+    assert {stage["stage"] for stage in found["stages"]} >= {"teacher", "score", "select", "attach", "train", "evaluate"}
+    assert (found["students"]["Full"]["images"], found["students"]["D2C"]["images"], found["students"]["D2C"]["of"]) == (120, 40, 120)
+    assert found["students"]["D2C"]["assumed"] == []
+
+
+def test_encoders_are_charged_at_the_peak_of_their_own_precision() -> None:
+    """An hour of a device in fp32 computes what minutes of it do in bf16."""
+    own = load(ROOT / "configs" / "imagenet256_sit_l_10k.yaml", ["select.selector=all", "attach.vision.encode=training"])
+    gpu = estimate.gpu("H100", "bf16", 0.5)
+    found = estimate.student(own, estimate.Data(*estimate.IMAGENET), gpu)["compute"]
+    in_bf16, in_fp32 = (0.5 * 3600 * estimate.gpu("H100", precision, 0.5).peak for precision in ("bf16", "fp32"))
+    assert in_bf16 / in_fp32 > 10
+    assert found["assumed"]["hours"] == pytest.approx(found["model"] / in_bf16 + found["encoders"]["dinov2-b"] / in_fp32)
+
+
+def test_the_largest_share_of_uneven_workers_is_counted() -> None:
+    own = load(ROOT / "configs" / "imagenet256_sit_l_10k.yaml", ["resources.train_workers=3"])  # 8 blocks of 16: 2, 3 and 3
+    assert estimate.student(own, estimate.Data(*estimate.IMAGENET), None)["memory"]["micro_batch"] == 48
+
+
+def test_the_command_prints_numbers_or_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["--json"], ["--gpu", "A100", "--mfu", "0.3"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["plan", str(DEBUG), "data.source=folder", "select.budget=0.01", *args])
+        assert not ended.value.code
+    as_json, text = capsys.readouterr().out.split("\nstudent\n")
+    assert json.loads(as_json)["students"]["student"]["images"] == 120  # of the 12 a class that the file allows, of 1,000 classes
+    assert "on A100, assumed to use 30% of its 19.5 TFLOP/s in fp32" in text
+    for wrong, words in ((("--gpu", "Abacus"), "--gpu Abacus"), (("--mfu", "7", "--gpu", "H100"), "--mfu 7")):
+        with pytest.raises(SystemExit):
+            cli.main(["plan", str(DEBUG), *wrong])
+        assert words in capsys.readouterr().err
+    with pytest.raises(UserError, match="asks for 5000 images; there are 400"):
+        printed.collect(load(DEBUG, ["data.source=folder", "select.budget=5000"]), images=400)
+
+
+def test_arms_of_the_paper_preset_on_all_images() -> None:
+    config = load(ROOT / "configs" / "cifar10_paper.yaml")
+    assert arm_configs(config)["Full"].select.selector == "all"
+    found = printed.collect(config, images=50_000)["students"]
+    assert (found["Full"]["images"], found["D2C"]["images"]) == (50_000, 1000)
+    assert found["Full"]["shown"] == found["D2C"]["shown"], "at equal training"

@@ -1,0 +1,67 @@
+"""Pictures of a student while it trains, and a training whose pictures fail."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import CONFIG, Run
+
+from d2c_ray.config import ReportConfig, SampleConfig, VaeConfig
+from d2c_ray.distributed import trainer
+from d2c_ray.models.transformer import Transformer, TransformerSpec
+from d2c_ray.report.preview import ROWS, Preview
+
+LABELS = [1, 2]  # two of the model's three: the first class was never trained
+TEXT = (torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)), torch.ones(3, 4, dtype=torch.long))
+
+
+def preview(out: Path, vae: str = "", sampler: str = "auto") -> Preview:
+    sample = SampleConfig(steps=3, guidance=1.5, sampler=sampler)
+    return Preview(sample, ReportConfig(classes=5), VaeConfig(path=vae), LABELS, text=TEXT, text_strength=0.5, out=out)
+
+
+def test_a_preview_is_a_grid_of_the_trained_classes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Transformer(TransformerSpec("sit", 8, 3, 2, 1, 32, 2, 3, text_tokens=4, text_width=5)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # it starts at zero, and what it predicts then is the same for all
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    show = preview(tmp_path)
+    for images in (64, 128):
+        show(images, model)
+    first, again = ((tmp_path / "previews" / f"images-{images:012d}.png").read_bytes() for images in (64, 128))
+    assert first == again, "the same weights, the same noise"
+    with torch.no_grad():
+        model.final.linear.bias.add_(0.5)
+    show(192, model)
+    assert (tmp_path / "previews" / "images-000000000192.png").read_bytes() != first
+    picture = np.asarray(Image.open(io.BytesIO(first)))
+    side = 8 * 7  # enlarged to 56 pixels, with gaps of 2
+    assert picture.shape == (ROWS * (side + 2) - 2, len(LABELS) * (side + 2) - 2, 3)
+    assert (picture[:, side : side + 2] == 255).all() and (picture[:, :side].std() > 10)
+
+
+def test_a_teacher_of_another_kind_is_shown_with_its_own_sampler(tmp_path: Path) -> None:
+    """The configuration's sampler is the students'."""
+    torch.manual_seed(0)
+    model = Transformer(TransformerSpec("dit", 8, 3, 2, 1, 32, 2, 3, text_tokens=4, text_width=5)).eval()
+    for sampler in ("heun", "ddpm"):
+        preview(tmp_path / sampler, sampler=sampler)(64, model)
+    shown = [(tmp_path / sampler / "previews" / "images-000000000064.png").read_bytes() for sampler in ("heun", "ddpm")]
+    assert shown[0] == shown[1]
+
+
+def test_a_preview_that_fails_costs_the_training_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its VAE has no weights."""
+    config = replace(CONFIG, preview_every=32 * 3, checkpoint_every=10**9)
+    (tmp_path / "no-vae").mkdir()
+    failing = trainer._while_it_works(preview(tmp_path, vae=str(tmp_path / "no-vae")))
+    plain, shown = Run(tmp_path / "plain", CONFIG), Run(tmp_path / "shown", config, knobs={"preview": failing})
+    assert [log["loss"] for log in shown.logs] == [log["loss"] for log in plain.logs]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("d2c: no more previews after 96 images: ") and "no-vae" in line
+    assert not (tmp_path / "previews").exists()

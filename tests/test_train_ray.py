@@ -1,0 +1,460 @@
+"""Training on a real local Ray: workers, drivers and nodes that die, other numbers of workers, storages near and far."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from conftest import ROOT
+from faulty_s3 import ACCESS_KEY, SECRET_KEY, S3Server
+from pyarrow import fs
+from ray.train.v2.api.preemption import PreemptionInfo
+from test_cache import write
+
+from d2c_ray.config import Config, ResourcesConfig, StorageConfig, TrainConfig
+from d2c_ray.distributed import checkpoints, trainer
+from d2c_ray.errors import UserError
+from d2c_ray.models.transformer import TransformerSpec
+from d2c_ray.training import state
+
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+
+BATCH = 32
+SPEC = TransformerSpec("sit", 8, 3, 2, 1, 32, 2, 10, vision_width=12, align_depth=1, align_hidden=16)
+TRAIN = TrainConfig(
+    num_images=BATCH * 300, batch_size=BATCH, lr=2e-3, ema_decay=0.9, ema_also=[0.5], precision="fp32", log_every=BATCH,
+    checkpoint_every=BATCH * 30, keep_every=BATCH * 120,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real digits as a condensed dataset, with pictures of themselves as tokens."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.repeat(digits.images[:200, :, :, None] * 15.9, 3, 3).astype(np.float16) / 255
+    both = np.stack([pixels, pixels[:, :, ::-1]], 1)  # N x F x H x W x C
+    tokens = both.reshape(200, 2, 4, 2, 4, 2, 3).transpose(0, 1, 2, 4, 3, 5, 6).reshape(200, 2, 16, 12)
+    return write(
+        tmp_path_factory.mktemp("data") / "condensed",
+        {
+            "sample_id": np.arange(200), "label": digits.target[:200].astype(np.int64),
+            "latent_mean": np.ascontiguousarray(both.transpose(0, 1, 4, 2, 3)), "latent_std": np.full((200, 2, 3, 8, 8), 0.05, np.float16),
+            "vision": (tokens * 100 + 1).astype(np.int8), "vision_scale": np.ones((200, 2, 16), np.float32),
+        },
+        provenance=False,
+    )  # fmt: skip
+
+
+def fit(data: Path, out: Path, train: TrainConfig = TRAIN, workers: int = 1, storage: StorageConfig | None = None, **resources: object):
+    out.mkdir(parents=True, exist_ok=True)
+    config = Config(
+        storage=storage or StorageConfig(), resources=ResourcesConfig(cache_dir=str(data.parent / "cache"), keep_cache=True, **resources)
+    )  # type: ignore[arg-type]
+    return trainer.fit(config, SPEC.to_dict(), train, data, trainer.condensed_facts(data), out, workers)
+
+
+def losses(out: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["images"] for record in records] == sorted({record["images"] for record in records}), "every step's metrics once"
+    return {record["images"]: record["loss"] for record in records}
+
+
+def once(condition: Callable[[], object], seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never came to that"
+        time.sleep(0.02)
+
+
+def train_workers() -> list[psutil.Process]:
+    """The training workers of this test's own Ray."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline() and "RayTrainWorker" in process.cmdline()[0]:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def saved(out: Path) -> list[Path]:
+    return sorted(out.glob("checkpoints/checkpoint_*/state.json"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole training in this process: what every disturbed one must equal."""
+    from d2c_ray.data import condensed
+    from d2c_ray.training import loop
+
+    out = tmp_path_factory.mktemp("undisturbed")
+    opened = condensed.open(data, data.parent / "cache").training_set()
+
+    def log(values: dict) -> None:
+        with (out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def checkpoint(step: int, save: state.Saver) -> None:
+        save(out)
+
+    loop.train(SPEC, TRAIN, replace(opened, text_states=None, text_mask=None), device=torch.device("cpu"), log=log, checkpoint=checkpoint)
+    return out
+
+
+def same_state(one: Path, other: Path) -> None:
+    for which in ("model", "ema", "ema-0.5"):
+        found = state.weights(other, which)
+        assert found and all(torch.equal(value, found[key]) for key, value in state.weights(one, which).items()), which
+
+
+def test_a_killed_worker_costs_no_bit(local_ray: None, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """And on the way: what is kept, what is dropped, and that nothing is left behind."""
+    killed = []
+
+    def kill() -> None:
+        once(lambda: len(losses_so_far(tmp_path)) > 60 and saved(tmp_path))
+        (worker,) = train_workers()
+        os.kill(worker.pid, signal.SIGKILL)
+        killed.append(len(losses_so_far(tmp_path)))
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    result = fit(data, tmp_path)
+    thread.join()
+    assert killed and killed[0] < 300, "it was killed on the way"
+    assert losses(tmp_path) == losses(undisturbed)
+    same_state(undisturbed, Path(result.path))
+    assert len(saved(tmp_path)) == TRAIN.keep_checkpoints
+    kept = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    assert kept == ["images-000003840", "images-000007680"], "and no temporary name"
+    assert json.loads((tmp_path / "kept" / kept[0] / "state.json").read_text())["step"] == 120
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "kept", "metrics.jsonl"]
+
+
+def losses_so_far(out: Path) -> list[str]:
+    try:
+        return (out / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def test_a_killed_driver_costs_no_bit(local_ray: None, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The driver is another process, with a Ray of its own; the second attempt runs on this one's."""
+    out = tmp_path / "out"
+    script = textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+        from pathlib import Path
+        from d2c_ray.config import ResourcesConfig
+        from d2c_ray.distributed import cluster
+        from test_train_ray import fit
+        if __name__ == "__main__":
+            cluster.connect(ResourcesConfig(num_cpus=4))
+            fit(Path({str(data)!r}), Path({str(out)!r}))
+    """)
+    (tmp_path / "driver.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")], env=environment)
+    once(lambda: (len(losses_so_far(out)) > 60 and saved(out)) or driver.poll() is not None)
+    assert driver.poll() is None
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.wait()
+    for child in family:
+        if child.is_running():
+            child.kill()
+    psutil.wait_procs(family, timeout=30)
+    assert len(losses_so_far(out)) < 300
+    left = out / "checkpoints" / "checkpoint_that_was_on_its_way"
+    left.mkdir()
+    result = fit(data, out)
+    assert losses(out) == losses(undisturbed)
+    assert not left.exists() and len(saved(out)) == TRAIN.keep_checkpoints
+    same_state(undisturbed, Path(result.path))
+
+
+def test_a_drained_node_takes_little_with_it(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Two of up to three workers start, since there is room for two; one's node is drained, and the other goes on alone.
+
+    It goes on from where the notice came: there is no other checkpoint.
+    """
+    out = tmp_path / "out"
+    (tmp_path / "driver.py").write_text(
+        textwrap.dedent(f"""
+        import os, sys, threading, time
+        from dataclasses import replace
+        from pathlib import Path
+        import ray
+        from ray.cluster_utils import Cluster
+        from ray.core.generated import autoscaler_pb2
+        from test_train_ray import TRAIN, fit, losses_so_far, once
+
+        def drain(cluster, node):
+            once(lambda: len(losses_so_far(Path({str(out)!r}))) > 10)
+            reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+            deadline = int(time.time() * 1000) + 9000
+            print(ray._raylet.GcsClient(address=cluster.address).drain_node(node.node_id, reason, "taken back", deadline), flush=True)
+
+        if __name__ == "__main__":
+            cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 0, "include_dashboard": False}})
+            nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+            ray.init(address=cluster.address, log_to_driver=False)
+            threading.Thread(target=drain, args=(cluster, nodes[1]), daemon=True).start()
+            fit(Path({str(data)!r}), Path({str(out)!r}), replace(TRAIN, checkpoint_every=10**9, keep_every=0), 3, train_workers_min=1, micro_batch=1)
+        """)
+    )
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "RAY_TMPDIR": os.environ["D2C_RAY_TMPDIR"], "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
+    }  # fmt: skip
+    driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")], env=environment)
+
+    def workers() -> list[int]:
+        try:
+            return [json.loads(line)["workers"] for line in losses_so_far(out)]
+        except json.JSONDecodeError:  # a line that is being written
+            return []
+
+    try:
+        once(lambda: workers().count(1) >= 20 or driver.poll() is not None, 400)
+        seen = workers()
+    finally:
+        family = psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
+        driver.kill()
+        driver.wait()
+        for child in family:
+            if child.is_running():
+                child.kill()
+    assert seen == sorted(seen, reverse=True) and seen.count(2) > 10 and seen.count(1) >= 20
+    expected = losses(undisturbed)
+    for record in map(json.loads, losses_so_far(out)[: seen.count(2) + 20]):
+        assert record["loss"] == pytest.approx(expected[record["images"]], rel=1e-5)
+
+
+def test_other_numbers_of_workers_go_on_with_the_same_run_on_s3(
+    local_ray: None, server: S3Server, data: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Two workers, then one, then two again; every checkpoint lies in a bucket alone."""
+    server.put("states", "made", b"")
+    storage = StorageConfig(endpoint=server.endpoint)
+    expected = losses(undisturbed)
+    for part, workers in enumerate((2, 1, 2), start=1):
+        options = replace(TRAIN, num_images=BATCH * 30 * part, keep_every=BATCH * 60)
+        result = fit(data, tmp_path / "run" / "stage", options, workers, storage, checkpoint_storage="s3://states/all")
+        found = losses(tmp_path / "run" / "stage")
+        assert len(found) == 30 * part
+        for images in sorted(found)[-30:][:20]:
+            assert found[images] == pytest.approx(expected[images], rel=1e-5)
+    assert isinstance(result.filesystem, fs.S3FileSystem) and result.path.startswith("states/all/run/stage/checkpoints/checkpoint_")
+    with result.as_directory() as folder:
+        assert json.loads((Path(folder) / "state.json").read_text())["step"] == 90
+    place = checkpoints.place("s3://states/all/run/stage", storage)
+    folder = "states/all/run/stage/kept"
+    kept = {info.path for info in place.filesystem.get_file_info(fs.FileSelector(folder, recursive=True)) if info.is_file}
+    assert kept == {f"{folder}/images-000001920/{name}" for name in (state.STATE, state.META)}
+    assert [path.name for path in (tmp_path / "run" / "stage").iterdir()] == ["metrics.jsonl"]
+    shown = repr(place) + json.dumps(asdict(storage))
+    assert ACCESS_KEY not in shown and SECRET_KEY not in shown
+
+
+def test_a_storage_that_cannot_be_written_to_is_refused_at_once(server: S3Server, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"resources\.checkpoint_storage: checkpoints cannot be written to"):
+        fit(data, tmp_path / "run" / "stage", checkpoint_storage=str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be written to 's3://no-such-bucket/run/stage'.*The bucket must be there") as refused:
+        fit(
+            data,
+            tmp_path / "run" / "stage",
+            storage=StorageConfig(endpoint=server.endpoint, attempts=1),
+            checkpoint_storage="s3://no-such-bucket",
+        )
+    assert SECRET_KEY not in str(refused.value)
+
+
+def test_what_would_only_come_again_is_raised_and_not_tried_again(local_ray: None, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^training diverged between images 0 and 64") as raised:
+        fit(data, tmp_path, replace(TRAIN, lr=1e30, log_every=64, checkpoint_every=BATCH))
+    assert type(raised.value) is UserError
+    (record,) = losses_so_far(tmp_path)
+    assert json.loads(record)["images"] == 64, "one attempt"
+
+
+def test_a_growing_file_is_read_once(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    tail = trainer.Tail(file)
+    assert tail.new() == []
+    with file.open("a") as growing:
+        for text, lines in (("one\ntw", ["one"]), ("o\n", ["two"]), ("", []), ("three\nfour\n", ["three", "four"])):
+            growing.write(text)
+            growing.flush()
+            assert tail.new() == lines
+    assert tail.read == file.stat().st_size
+    (tmp_path / "other").write_text("one\ntwo\nfive\nsix and more than there was\n")
+    (tmp_path / "other").replace(file)
+    assert tail.new() == ["one", "two", "five", "six and more than there was"]
+
+
+class Reports:
+    """Stands for Ray's report: each upload in a thread of its own, as there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.threads: list[threading.Thread] = []
+        self.reported: list[checkpoints.Checkpoint] = []
+        storage = SimpleNamespace(storage_filesystem=fs.LocalFileSystem())
+        monkeypatch.setattr(ray.train, "report", self._report)
+        monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_storage=lambda: storage))
+
+    def _report(self, metrics: dict, checkpoint: object, checkpoint_upload_fn: Callable, **_: object) -> None:
+        def upload() -> None:
+            self.reported.append(checkpoint_upload_fn(checkpoint, f"checkpoint_{metrics['step']}"))
+
+        self.threads.append(threading.Thread(target=upload))
+        self.threads[-1].start()
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join(60)
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a storage that hangs until it is told: one state on its way, and the next one waits for it."""
+    go, writing, reports = threading.Event(), threading.Event(), Reports(monkeypatch)
+    uploads = checkpoints.Uploads(checkpoints.place(str(tmp_path), StorageConfig()), 0, 0, BATCH)
+    write_now = checkpoints._write
+
+    def slowly(*args: object) -> None:
+        writing.set()
+        assert go.wait(60)
+        write_now(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoints, "_write", slowly)
+    weight = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(weight.parameters())
+    before = weight.weight.detach().clone()
+    taken: list[weakref.ref] = []
+    others: list[int] = []
+
+    def snapshot() -> state.Snapshot:
+        others.append(sum(ref() is not None for ref in taken))
+        made = state.snapshot(weight, {}, optimizer, 1, {})
+        taken.append(weakref.ref(made))
+        return made
+
+    save = state.Saver(snapshot)
+    uploads(1, save)
+    assert writing.wait(60), "and the training's thread is here, not in the storage"
+    with torch.no_grad():
+        weight.weight.add_(1.0)  # a step
+    second = threading.Thread(target=uploads, args=(2, save))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and len(reports.threads) == 1, "a second copy of the state waits for the first to leave"
+    go.set()
+    second.join(60)
+    reports.join()
+    assert others == [0, 0] and len(reports.reported) == 2
+    assert torch.equal(state.weights(tmp_path / "checkpoints" / "checkpoint_1", "model")["weight"], before), "later steps changed nothing"
+    assert torch.equal(state.weights(tmp_path / "checkpoints" / "checkpoint_2", "model")["weight"], before + 1)
+
+
+def test_what_is_kept_on_s3_is_written_and_not_copied(monkeypatch: pytest.MonkeyPatch, server: S3Server, tmp_path: Path) -> None:
+    """In parts like the checkpoint: S3 copies no object of more than 5 GiB."""
+    server.put("states", "made", b"")
+    place = checkpoints.place("s3://states/keep/stage", StorageConfig(endpoint=server.endpoint))
+    write_now, written = checkpoints._write, []
+
+    def write_and_note(place: checkpoints.Place, path: str, taken: state.Snapshot) -> None:
+        written.append(path.removeprefix("states/keep/stage/"))
+        write_now(place, path, taken)
+
+    monkeypatch.setattr(checkpoints, "_write", write_and_note)
+    reports, weight = Reports(monkeypatch), torch.nn.Linear(2, 2)
+    checkpoints.Uploads(place, 0, BATCH, BATCH)(3, saver(weight, 3))
+    reports.join()
+    assert written == ["checkpoints/checkpoint_3", "kept/images-000000096"]
+    for name in (state.STATE, state.META):
+        one, other = (place.filesystem.open_input_file(f"{place.path}/{folder}/{name}").read() for folder in written)
+        assert one == other and one
+
+
+def saver(weight: torch.nn.Linear, step: int) -> state.Saver:
+    return state.Saver(lambda: state.snapshot(weight, {}, torch.optim.AdamW(weight.parameters()), step, {}))
+
+
+def test_a_checkpoint_that_cannot_be_kept_is_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "kept").write_text("a file where the folder would be")
+    reports, weight = Reports(monkeypatch), torch.nn.Linear(2, 2)
+    checkpoints.Uploads(checkpoints.place(str(tmp_path), StorageConfig()), 0, BATCH, BATCH)(1, saver(weight, 1))
+    reports.join()
+    (reported,) = reports.reported
+    assert torch.equal(state.weights(Path(reported.path), "model")["weight"], weight.weight)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"d2c: the checkpoint is not kept at '{tmp_path}/kept/images-000000032', and training goes on: ")
+
+
+def test_runs_that_share_a_storage_do_not_share_checkpoints(tmp_path: Path) -> None:
+    """Stages of the same name are of the same configuration, and still another run's."""
+    one, other = tmp_path / "one" / "train-0", tmp_path / "other" / "train-0"
+    for root in ("s3://states/all/", str(tmp_path / "far")):
+        assert checkpoints.where(root, one) == f"{root.rstrip('/')}/one/train-0"
+        assert checkpoints.where(root, one) != checkpoints.where(root, other)
+    assert checkpoints.where("", one) == str(one)
+
+
+def test_a_notice_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[PreemptionInfo | None] = [None]
+    asked = []
+
+    def ask() -> PreemptionInfo | None:
+        asked.append(step)
+        return answers[-1]
+
+    monkeypatch.setattr(ray.train, "get_preemption_info", ask)
+    notice = trainer._Notice(BATCH)
+    saves = []
+    for step in range(1, 101):
+        if step == 15:
+            answers.append(PreemptionInfo(1000, {"a": [0]}))
+        elif step == 45:
+            answers.append(PreemptionInfo(900, {"a": [0], "b": [1]}))
+        elif step == 65:
+            answers.append(PreemptionInfo(1000, {"b": [1]}))
+        if notice(step):
+            saves.append(step)
+        if step == 80:
+            notice.paced(BATCH * 3 / trainer.ASK_SEC)  # three steps a question
+    assert saves == [20, 50]
+    assert asked == [10, 20, 30, 40, 50, 60, 70, 80, 83, 86, 89, 92, 95, 98]
+
+
+def test_a_finished_training_with_half_an_index_is_still_finished(local_ray: None, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The driver was killed while Ray named the last checkpoint: no step is left, and that one is what training gives."""
+    aside = tmp_path / "checkpoints" / "checkpoint_last"
+    aside.mkdir(parents=True)
+    for name in (state.STATE, state.META):
+        shutil.copyfile(undisturbed / name, aside / name)
+    index = tmp_path / "checkpoints" / checkpoints.INDEX
+    index.write_text('{"checkpoint_results": [{"half')
+    result = fit(data, tmp_path)
+    same_state(undisturbed, Path(result.path))
+    assert losses_so_far(tmp_path) == [], "no step again"
+    assert json.loads(index.read_text())["checkpoint_results"], "what a later start finds"
