@@ -243,9 +243,6 @@ class EvaluateConfig:
     # `network`. Empty: of the data's own images.
     reference: str = ""
     unguided: bool = False  # measure as many images without guidance as well
-    # Images of training after which a student is measured as well, on its way to train.num_images: [3200, 6400]. For curves of quality
-    # against images and seconds, and for comparing students at equal seconds. Cannot change what is trained or measured at the end.
-    at: list[int] = field(default_factory=list)
     neighbours: int = 3  # k of precision, recall, density and coverage
     kid_subsets: int = 100
     kid_subset_size: int = 1000  # images, 3 to 10,000; fewer where there are fewer
@@ -270,30 +267,6 @@ class TrackingConfig:
 class ReportConfig:
     classes: int = 10  # classes shown in pictures
     images_per_class: int = 8
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """What `d2c sweep` tries: every point of the axes with every seed."""
-
-    # Field and its values: {select.budget: [0.02, 0.08], train.align_weight: [0, 0.5]}. Searched by random and optuna a range will do
-    # as well: {low: 0.1, high: 2.0, log: true}, {low: 1, high: 9, integer: true}.
-    axes: dict[str, Any] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # nothing is called better with fewer than three
-    seed_of: list[str] = field(default_factory=lambda: ["train.seed", "select.seed"])  # fields that a seed sets
-    search: str = "grid"  # grid | random | optuna
-    num_points: int = 20  # random, optuna: points to try
-    search_seed: int = 0  # random, optuna
-    # Of frechet, kid, precision, recall, density, coverage, inception_score and gpu_seconds: the first decides which is best;
-    # optuna looks for the best trade of all that are named.
-    metrics: list[str] = field(default_factory=lambda: ["frechet"])
-    equal: str = "images"  # what all trials are given alike: images (train.num_images) | seconds (of making and training)
-    seconds: float = 0.0  # equal=seconds: of every trial, its share of teacher, scoring, selecting and attaching included
-    random_twins: bool = True  # every point is also tried with a random choice of as many images, everything else the same
-    rungs: list[int] = field(default_factory=list)  # ASHA: images after which the worse trials end; for tuning, nothing is compared then
-    reduction: int = 3  # ASHA: one of so many goes on from a rung
-    concurrent: int = 0  # trials at once; 0: as many as the cluster has room for
-    max_failures: int = 2  # times that a trial starts again after its process died
 
 
 @dataclass(frozen=True)
@@ -341,7 +314,6 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
     # Students to train and compare, by name: what each changes in select, attach, model or train. None: one student.
     arms: dict[str, Any] = field(default_factory=dict)
 
@@ -388,8 +360,6 @@ CHOICES = {
     "sample.keep": ("parquet", "png", "npz", "none"),
     "sample.class_draw": ("balanced", "random"),
     "sample.precision": ("fp32", "bf16"),
-    "sweep.search": ("grid", "random", "optuna"),
-    "sweep.equal": ("images", "seconds"),
 }
 
 MOST_IN_A_KID_SUBSET = 10_000
@@ -408,7 +378,6 @@ MINIMUM = {
     "sample.num_images": 1, "sample.steps": 1, "sample.device_batch": 1, "evaluate.image_size": 32,
     "evaluate.neighbours": 1, "evaluate.max_reference": 0, "evaluate.device_batch": 1, "evaluate.kid_subsets": 1, "evaluate.kid_subset_size": 3,
     "evaluate.bootstrap": 0, "evaluate.pairs": 0,
-    "sweep.num_points": 1, "sweep.reduction": 2, "sweep.concurrent": 0, "sweep.max_failures": 0,
     "report.classes": 1, "report.images_per_class": 1, "resources.rows_per_task": 1, "resources.train_workers": 1,
     "resources.teacher_workers": 1, "resources.threads": 1, "resources.actors": 0, "resources.train_workers_min": 0, "resources.micro_batch": 0, "resources.max_failures": -1, "resources.max_preemptions": -1, "resources.num_cpus": 0,
     "resources.min_actors": 0, "resources.rows_per_partition": 1, "storage.attempts": 1,
