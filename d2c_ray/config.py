@@ -223,8 +223,8 @@ class SampleConfig:
     class_draw: str = "balanced"  # balanced | random
     keep: str = "parquet"  # parquet | png | npz (as ADM's evaluator reads, beside the Parquet) | none: features alone, the images never touch a disk
     precision: str = "fp32"  # fp32 | bf16
-    # Images a forward, always; twice that with guidance. An image does not depend on which others come with it; with another
-    # number here the last bit of its latent may, and with a VAE a pixel by one level.
+    # Images a forward on a GPU, always; twice that with guidance. An image does not depend on which others come with it; with another
+    # number here the last bit of its latent may, and a pixel by one level. On a CPU the number changes nothing.
     device_batch: int = 64
     seed: int = 0
 

@@ -32,7 +32,7 @@ VERSIONS = {
     "select": 2,
     "attach": 2,
     "train": 1,
-    "sample": 2,
+    "sample": 3,
     "reference": 3,
     "evaluate": 3,
 }

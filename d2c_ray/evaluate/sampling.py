@@ -13,6 +13,8 @@ from d2c_ray.models.transformer import TransformerSpec
 from d2c_ray.models.weights import Student
 from d2c_ray.seeding import derive
 
+# Images a forward on a CPU, whatever sample.device_batch is: kernels round otherwise for another shape, and larger ones gain nothing there.
+CPU_BATCH = 16
 THREE = 3  # channels that the published sampling of DiT and SiT guides
 
 
@@ -59,6 +61,11 @@ def image_noise(seed: int, indices: Tensor, draw: int, shape: tuple[int, ...]) -
     return torch.from_numpy(np.stack(rows))
 
 
+def forward_batch(sample: SampleConfig, device_type: str) -> int:
+    """Images a forward, always: the last batch is filled up."""
+    return CPU_BATCH if device_type == "cpu" else sample.device_batch
+
+
 def generate(student: Student, sample: SampleConfig, indices: Tensor, vae: Vae | None) -> tuple[Tensor, Tensor]:
     """Images number `indices` of a model.
 
@@ -84,5 +91,5 @@ def generate(student: Student, sample: SampleConfig, indices: Tensor, vae: Vae |
         return sampler(predict, noise, sample.steps, lambda step: image_noise(sample.seed, batch, step + 1, shape).to(device)).cpu()
 
     with torch.inference_mode():
-        z = in_batches(run, sample.device_batch, indices, labels)
+        z = in_batches(run, forward_batch(sample, device.type), indices, labels)
     return labels, vae.decode(z) if vae is not None else to_uint8(z)

@@ -1,7 +1,10 @@
 """sample: images of a trained student."""
 
+from pathlib import Path
+from typing import Any
+
 from d2c_ray.config import Config, SampleConfig
-from d2c_ray.data import generated
+from d2c_ray.data import generated, tables
 from d2c_ray.distributed import cluster, pool, trainer
 from d2c_ray.distributed.actors import Sampler
 from d2c_ray.evaluate import sampling
@@ -19,12 +22,13 @@ def run(job: Job) -> Result:
     sample = config.sample
     share = cluster.share(config.resources, job.places)
     generated.clean(job.out)
-    per_unit = sample.device_batch * UNIT_BATCHES
+    batch = sampling.forward_batch(sample, share.device)
+    per_unit = batch * max(1, UNIT_BATCHES * sample.device_batch // batch)  # a batch that is filled up is work for nothing
     parts = [
         {"unit": index, "start": start, "stop": min(start + per_unit, sample.num_images)}
         for index, start in enumerate(range(0, sample.num_images, per_unit))
     ]
-    work = [unit for unit in parts if not (job.out / f"part-{unit['unit']:06d}.parquet").is_file()]
+    work = [unit for unit in parts if not _there(job.out / f"part-{unit['unit']:06d}.parquet", unit)]
     finished = sum(unit["stop"] - unit["start"] for unit in parts if unit not in work)
     actor_args = {
         "model": str(model),
@@ -47,6 +51,11 @@ def run(job: Job) -> Result:
         "vae_decoder": latents.latent_facts(config).get("vae"), "train_images": trained["images"],
     }  # fmt: skip
     return Result(sample.num_images, finished, 0, {"record": record})
+
+
+def _there(part: Path, unit: dict[str, Any]) -> bool:
+    """Whether a part is there and holds these images: on other hardware units are cut otherwise."""
+    return part.is_file() and tables.metadata(part)["unit"] == unit
 
 
 def _measured_in(config: Config) -> dict[str, str]:
