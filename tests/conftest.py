@@ -63,7 +63,8 @@ def pytest_runtest_setup() -> None:
 def private_ray_folder() -> Iterator[None]:
     """Ray's own files in a folder of these tests; a short name, since sockets live in it."""
     folder = tempfile.mkdtemp(prefix="d2c-", dir="/tmp")
-    os.environ["D2C_RAY_TMPDIR"] = folder
+    os.environ["D2C_RAY_TMPDIR"] = os.environ["RAY_TMPDIR"] = folder  # the second is Ray's own
+    Path(folder, "ray").mkdir()  # where a cluster of several nodes notes its address, and does not make the folder for it
     yield
     shutil.rmtree(folder, ignore_errors=True)
 

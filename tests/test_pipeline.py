@@ -356,8 +356,9 @@ def test_killed_at_every_turn_it_ends_as_if_undisturbed(finished: tuple[Path, st
         assert table.column(column).to_pylist() == undisturbed.column(column).to_pylist()
     curve = [json.loads(line)["images"] for line in only(folder, "train-*/metrics.jsonl").read_text().splitlines()]
     assert curve == [128, 256, 384, 512], "every step's metrics once"
-    measured = only(folder, "eval-*/metrics.json")  # of the same name there: what went into it is the same
-    assert json.loads(measured.read_text()) == json.loads((finished[0] / measured.relative_to(folder)).read_text())
+    d2c = json.loads((finished[0] / "plan.json").read_text())["arms"]["D2C"]
+    undisturbed = json.loads((finished[0] / d2c["evaluate"] / "metrics.json").read_text())
+    assert json.loads(only(folder, "eval-*/metrics.json").read_text()) == undisturbed
 
 
 def test_checkpoints_with_half_an_index_are_set_aside_and_still_used(tmp_path: Path) -> None:
