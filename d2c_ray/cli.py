@@ -247,6 +247,9 @@ def evaluate(
     ] = "",
     more_networks: Annotated[str, typer.Option(metavar="NAMES", help="To measure in as well, separated by commas.")] = "",
     train: Annotated[str, typer.Option(metavar="IMAGES", help="The images that were trained on: for the floor, and for copying.")] = "",
+    mirror: Annotated[
+        bool, typer.Option("--mirror/--no-mirror", help="Whether a copy of a mirrored training image is one: training may have had flips.")
+    ] = True,
     held_out: Annotated[
         str, typer.Option(metavar="IMAGES|N", help="Real images measured beside: a set of them, or so many taken out of the reference.")
     ] = "",
@@ -260,7 +263,7 @@ def evaluate(
     out: Annotated[str, typer.Option(metavar="FILE", help="A .json for the numbers with their record, which d2c compare reads.")] = "",
 ) -> None:
     own = {
-        "--reference": reference, "--network": network, "--more-networks": more_networks, "--train": train, "--held-out": held_out,
+        "--reference": reference, "--network": network, "--more-networks": more_networks, "--train": train, "--no-mirror": not mirror, "--held-out": held_out,
         "--size": size, "--batch": batch, "--max-pixels": max_pixels, "--out": out,
     }  # fmt: skip
     if given.lower().endswith((".yaml", ".yml")):
@@ -271,6 +274,8 @@ def evaluate(
         return
     if not reference:
         raise UserError(f"'{given}' is measured against real images: --reference, a folder, an .npz or .parquet of them, is missing.")
+    if not mirror and not train:
+        raise UserError("--no-mirror is of the images that were trained on: --train, a set of them, is missing.")
     if out and not out.endswith(".json"):
         raise UserError(f"--out {out}: a file that ends in .json would do.")
     for override in overrides or []:
@@ -287,7 +292,7 @@ def evaluate(
     options = evaluate_options(overrides or [], {key: value for key, value in values.items() if value})
     from d2c_ray.report import image_sets
 
-    found = image_sets.evaluate(given, reference, options, train=train, held_out=held_out, size=size, max_pixels=max_pixels)
+    found = image_sets.evaluate(given, reference, options, train=train, held_out=held_out, mirror=mirror, size=size, max_pixels=max_pixels)
     print("\n".join(image_sets.lines(found)))
     if out:
         from pathlib import Path

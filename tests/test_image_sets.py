@@ -347,6 +347,30 @@ def test_copies_are_called_out_from_the_command_line(sets: dict[str, Path], tmp_
         assert words in said, words
 
 
+def test_mirrored_copies_are_called_out_unless_training_did_not_mirror(
+    sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirrored = npz(tmp_path / "mirrored.npz", DIGITS[np.arange(700, 730).repeat(2), :, ::-1])
+    out = tmp_path / "record.json"
+    rest = ["--reference", str(sets["reference"]), "--held-out", str(sets["held_out"]), "--out", str(out)]
+    given = [str(mirrored), SMALL, *rest, "--train", str(sets["train"])]
+    status, said, errors = d2c(capsys, "evaluate", *given)
+    assert status == 0, errors
+    found = json.loads(out.read_text())
+    assert found["copying"]["share_closer"] == 1.0 and found["record"]["copying_orientations"] == 2
+    pair = found["copying"]["pairs"][0]
+    assert pair["mirrored"] and int(re.sub(r"\D", "", pair["nearest"].split("#")[1])) == pair["index"] // 2
+    assert f"from {pair['nearest']}, mirrored" in said and "30 in both orientations" in said
+    assert "note: copies are sought in both orientations, as training with flips shows them; --no-mirror, where it had none" in said
+    status, said, errors = d2c(capsys, "evaluate", *given, "--no-mirror")
+    assert status == 0, errors
+    other = json.loads(out.read_text())
+    assert other["copying"]["share_closer"] < 0.5 and other["record"]["copying_orientations"] == 1
+    assert other["subset"] == found["subset"] and "in both orientations" not in said
+    status, _, errors = d2c(capsys, "evaluate", str(mirrored), *rest, "--no-mirror")
+    assert status == 2 and "--no-mirror is of the images that were trained on: --train" in errors
+
+
 def test_the_numbers_are_those_of_the_features(sets: dict[str, Path], tmp_path: Path) -> None:
     """Of the same network by hand; published statistics of the same images give the same distance."""
     own = options("evaluate.more_networks=[efficientnet-lite0]")

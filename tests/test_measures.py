@@ -200,6 +200,42 @@ def test_a_copier_is_called_out_by_copying_and_not_by_frechet() -> None:
     assert [pair["distance"] for pair in pairs] == sorted(pair["distance"] for pair in pairs)
 
 
+def test_a_copier_that_mirrors_is_called_out_too() -> None:
+    """Half of what a student sees is mirrored where data.flip is on. Real images get the same second look, and stay as close as they were."""
+    x, _ = digits()
+    mirrored = x[1198:].reshape(-1, 8, 8)[:, :, ::-1].reshape(-1, 64)
+    rng = np.random.default_rng(1)
+    copies = np.clip(np.round((mirrored + rng.normal(size=(599, 64)) * 0.7) / 2) * 2, 0, 16)
+    ids = np.arange(599) + 5000
+    blind = of_digits(copies, subset_ids=ids)["copying"]
+    found, real = (of_digits(made, subset_ids=ids, mirrored=mirrored) for made in (copies, x[600:1198]))
+    assert blind["share_closer"] < 0.05 and (blind["orientations"], found["copying"]["orientations"]) == (1, 2)
+    assert found["copying"]["share_closer"] > 0.95 and found["copying"]["median_generated"] < 0.5 * found["copying"]["median_real"]
+    assert real["copying"]["share_closer"] <= found["copying"]["share_closer_expected"] + 1e-9 < 0.011
+    assert all(pair["sample_id"] == 5000 + pair["index"] and pair["mirrored"] for pair in found["copying"]["pairs"])
+    assert found["subset"] == of_digits(copies)["subset"], "the floor is of the images as they are"
+    upright = copying(x[1198:] + 0.2, x[600:1198], x[1198:], mirrored=mirrored)
+    assert upright["share_closer"] == 1.0 and not any(pair["mirrored"] for pair in upright["pairs"])
+    wanted = np.minimum(*(nearest(x[600:1198], keys, 1)[0][:, 0] for keys in (x[1198:], mirrored)))
+    assert upright["median_real"] == pytest.approx(np.median(np.sqrt(wanted)))
+
+
+def test_mirrored_copies_of_real_images_are_called_out(cifar10: Path) -> None:
+    """In a network's features, where an image and its mirror image are far apart."""
+    from d2c_ray.models.frozen import VisionEncoder
+
+    rows = pq.read_table(cifar10 / "train-000.parquet", columns=["image"]).slice(0, 300).column("image").to_pylist()
+    images = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in rows])
+    encoder = VisionEncoder("efficientnet-lite2", 64, torch.device("cpu"), 50)
+    features = encoder.pooled(torch.from_numpy(images)).numpy()
+    mirrored = encoder.pooled(torch.from_numpy(images[:80, :, ::-1].copy())).numpy()
+    noise = np.random.default_rng(0).normal(size=(80, 32, 32, 3)) * 4
+    made = encoder.pooled(torch.from_numpy(np.clip(images[:80, :, ::-1] + noise, 0, 255).astype(np.uint8))).numpy()
+    blind, found = (copying(made, features[80:], features[:80], mirrored=other) for other in (None, mirrored))
+    assert blind["share_closer"] < 0.2 and found["share_closer"] > 0.4, (blind, found)
+    assert copying(mirrored, features[80:], features[:80], mirrored=mirrored)["share_closer"] == 1.0
+
+
 def test_real_images_that_are_in_the_training_set_hide_no_copier() -> None:
     x, _ = digits()
     subset, held_out = x[1198:], x[600:1198].copy()

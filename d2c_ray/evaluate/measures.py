@@ -17,7 +17,7 @@ from d2c_ray.evaluate.probe import label_agreement
 def measure(
     *, reference: np.ndarray | None, reference_labels: np.ndarray | None, held_out: np.ndarray | None, held_out_labels: np.ndarray | None,
     generated: np.ndarray, asked: np.ndarray | None, subset: np.ndarray | None, neighbours: int, statistics: Statistics | None = None,
-    subset_ids: np.ndarray | None = None, probabilities: np.ndarray | None = None, held_out_probabilities: np.ndarray | None = None,
+    subset_ids: np.ndarray | None = None, mirrored: np.ndarray | None = None, probabilities: np.ndarray | None = None, held_out_probabilities: np.ndarray | None = None,
     kid_subsets: int = 100, kid_subset_size: int = 1000, bootstrap: int = 0, pairs: int = 16, seed: int = 0, probe: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures generated images, held-out real ones and the subset against one reference.
@@ -25,6 +25,7 @@ def measure(
     Args:
         reference, held_out: features of disjoint real images. generated, asked: features and the classes asked for.
         subset: features of the images the student was trained on, subset_ids: what those are called (else their rows).
+        mirrored: of their mirror images, where it has seen these too; for copying alone.
         statistics: Fréchet distances are to these, and of all generated images; without them they are to the
             reference, and of as many generated images as there are held-out ones.
         probabilities, held_out_probabilities: class probabilities a row, of a network that gives them.
@@ -90,7 +91,7 @@ def measure(
     found["per_class"] = None
     if statistics is None and reference is not None and reference_labels is not None and asked is not None:
         found["per_class"] = per_class(reference, reference_labels, generated, asked)
-    found["copying"] = copying(generated, held_out, subset, pairs, subset_ids) if subset is not None and len(subset) else None
+    found["copying"] = copying(generated, held_out, subset, pairs, subset_ids, mirrored) if subset is not None and len(subset) else None
     floor = _floor(found["counts"], found["real"]["frechet"], rest, held_out is not None, statistics is not None)
     found["too_few"] = too_few(found["counts"], floor)
     agreement = None
