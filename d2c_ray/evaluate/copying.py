@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from d2c_ray.evaluate import neighbours
+from d2c_ray.evaluate.frechet import BLOCK
 
 SAME = 1e-3  # of the root mean square distance of two training images: nearer than that are two readings of one image
 
@@ -53,7 +54,7 @@ def copying(
     if held_out is None or not len(held_out):
         return found
     real = np.sort(_nearest(held_out, subset, mirrored)[0])
-    apart = np.sqrt(2.0 * np.asarray(subset, np.float64).var(0).sum())
+    apart = np.sqrt(2.0 * _variance(subset))
     others = real[real > SAME * apart]
     found |= {"real": len(others), "real_duplicates": len(real) - len(others)}
     if len(others):
@@ -64,6 +65,14 @@ def copying(
             "share_closer_expected": (1 + passed) / (len(others) + 1),
         }  # fmt: skip
     return found
+
+
+def _variance(features: np.ndarray) -> float:
+    """The summed variance of all features; some rows at a time, so that no float64 copy is made of all."""
+    mean, total = features.mean(0, dtype=np.float64), 0.0
+    for start in range(0, len(features), BLOCK):
+        total += float(np.square(features[start : start + BLOCK] - mean).sum())
+    return total / len(features)
 
 
 def _nearest(queries: np.ndarray, subset: np.ndarray, mirrored: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -396,7 +396,7 @@ def _merged(students: list[Student]) -> Student:
 
 
 def _mean_metrics(every: list[dict[str, Any]]) -> dict[str, Any]:
-    merged = {key: value for key, value in every[0].items() if key not in ("more", "unguided", "copying", "per_class")}
+    merged = {key: value for key, value in every[0].items() if key not in ("more", "unguided", "copying", "per_class", "at_equal_counts")}
     for part in ("generated", "real", "subset"):
         if all(own.get(part) for own in every):
             merged[part] = _mean_values([own[part] for own in every])
