@@ -32,7 +32,7 @@ class Images:
     Attributes:
         parts: the features of the reference's and the held-out images.
         count: images in the reference. labels: of each of them. reference: those whose features are held.
-        trained: all training images that are measured. sought: those that copies are sought among.
+        training: how many images were trained on. trained: those of them that are measured. sought: those that copies are sought among.
         known: whether the training images' features are among `parts`.
     """
 
@@ -41,6 +41,7 @@ class Images:
     labels: np.ndarray
     reference: np.ndarray
     held_out: np.ndarray
+    training: int
     trained: np.ndarray
     sought: np.ndarray
     known: bool
@@ -86,7 +87,7 @@ def run(job: Job) -> Result:
         metrics["unguided"] = {**own, "record": _record(job, "unguided", own)}
         for network, values in metrics["more"].items():
             values["unguided"] = found[network, "unguided"]
-    metrics["notices"] = _notices(job, given) + _notes(main, found)
+    metrics["notices"] = _notices(job, given, images) + _notes(main, found)
     write_json(job.out / "metrics.json", metrics)
     return Result(total, total, 0, metrics)
 
@@ -96,12 +97,13 @@ def _images(job: Job) -> Images:
     ids, labels = measured.listed(parts)
     held_out = np.isin(ids, job.facts("reference")["held_out_ids"])
     trained = np.sort(tables.read(job.inputs["attach"].path / provenance.SELECTION, ["sample_id"]).column("sample_id").to_numpy())
+    training = len(trained)
     if job.config.select.selector == "all":  # the images that are measured anyway are a fair sample of all
         trained = trained[np.isin(trained, ids)]
     reference = ids[~held_out]
     return Images(
         parts, len(reference), labels[~held_out], reference[drawn(len(reference), max(MOST_REFERENCE, job.config.sample.num_images))],
-        ids[held_out], trained, trained[drawn(len(trained), MOST_TRAINING)],
+        ids[held_out], training, trained, trained[drawn(len(trained), MOST_TRAINING)],
         bool(np.isin(trained, ids).all()),  # small datasets are in the reference whole
     )  # fmt: skip
 
@@ -230,13 +232,22 @@ def _notes(main: str, found: dict[tuple[str, str], dict[str, Any]]) -> list[str]
     return list(said.values())
 
 
-def _notices(job: Job, given: dict[str, dict[str, Any]]) -> list[str]:
+def _notices(job: Job, given: dict[str, dict[str, Any]], images: Images) -> list[str]:
     evaluate = job.config.evaluate
     said = [notice for network in networks.names(evaluate)[1:] if (notice := _notice(job, network))]
     for network in given:
         if network == INCEPTION and given[network]["weights"] != networks.PUBLISHED[:16]:
             said.append(
                 f"evaluate.inception={evaluate.inception} is not the network that clean-fid publishes: no number here compares with a published FID"
+            )
+    if job.config.select.selector == "all":
+        some, every = f"{len(images.trained):,}", f"{images.training:,}"
+        said.append(
+            f"select.selector=all: the floor is of {some} of its {every} training images, the reference among them, and near 0 by that alone"
+        )
+        if some != every:
+            said.append(
+                f"select.selector=all: copies are sought among {len(images.sought):,} training images that are measured, and not among all {every}"
             )
     if evaluate.network == INCEPTION and evaluate.reference and reference_stats.of_adm(Path(evaluate.reference)):
         said.append(
