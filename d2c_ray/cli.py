@@ -278,6 +278,8 @@ def evaluate(
         raise UserError("--no-mirror is of the images that were trained on: --train, a set of them, is missing.")
     if out and not out.endswith(".json"):
         raise UserError(f"--out {out}: a file that ends in .json would do.")
+    if out:
+        _writable("--out", out)
     for override in overrides or []:
         key = override.partition("=")[0]
         if key in NOT_OF_IMAGES:
@@ -301,6 +303,21 @@ def evaluate(
 
         write_json(Path(out).expanduser(), found)
         print(f"record: {out}")
+
+
+def _writable(option: str, file: str) -> None:
+    """Refuses a file that cannot be written, before anything is measured for it."""
+    import os
+    from pathlib import Path
+
+    path = Path(file).expanduser().absolute()
+    if path.is_dir():
+        raise UserError(f"{option} {file}: there is a folder of that name; a file would do.")
+    there = next(parent for parent in path.parents if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"{option} {file}: '{there}' is no folder; a file in one would do.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {file}: nothing can be written to '{there}'; a file in a folder of yours would do.")
 
 
 @_command("compare")

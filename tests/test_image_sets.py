@@ -490,6 +490,8 @@ def test_classes_are_shown_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["{images}", "--reference", "{images}", "evaluate.max_reference=9"], "'evaluate.max_reference=9' does nothing .*a set of fewer images would do"),
         (["{images}", "--reference", "{images}", "--network", "efficientnet-lite3"], "did you mean 'efficientnet-lite"),
         (["{images}", "--reference", "{images}", "--out", "record.txt"], "a file that ends in .json would do"),
+        (["{images}", "--reference", "{images}", "--out", "{bad}/00000.png/record.json"], "--out .*record.json: '.*00000.png' is no folder"),
+        (["{images}", "--reference", "{images}", "--out", "{folder}"], "--out .*folder.json: there is a folder of that name"),
         (["{one}", "--reference", "{images}"], "1 image in '.*one' has no spread"),
         (["{bad}", "--reference", "{images}", SMALL], "3 of 3 images in '.*bad' cannot be decoded, the first 00000.png"),
         (["configs/debug.yaml", "--network", "inception"], "--network is of images; a configuration says it itself"),
@@ -500,7 +502,9 @@ def test_mistakes_are_one_line(args: list[str], message: str, tmp_path: Path, ca
         "images": folder(tmp_path / "images", DIGITS[:20]),
         "one": folder(tmp_path / "one", DIGITS[:1]),
         "bad": folder(tmp_path / "bad", DIGITS[:3]),
+        "folder": tmp_path / "folder.json",
     }
+    places["folder"].mkdir()
     for file in places["bad"].iterdir():
         file.write_bytes(b"no picture")
     status, _, errors = d2c(capsys, "evaluate", *(arg.format(**places) for arg in args))
