@@ -500,6 +500,9 @@ def _notes(students: list[Student]) -> list[str]:
         for note in numbers.caveats(student.metrics):
             caveats.setdefault(note, []).append(student.name)
     said += [note if len(who) == len(students) else f"{', '.join(who)}: {note}" for note, who in caveats.items()]
+    unknown = [set(records.unknown(student.metrics["record"])) for student in students]
+    if alike := [records.DIFFERENT[key] for key in records.DIFFERENT if all(key in keys for keys in unknown)]:
+        said.append(f"not known, and so perhaps not alike: {', '.join(alike)}.")
     if len(students) > 1 and not any(student.members for student in students):
         said.append("one seed each: a difference can be chance.")
     return said

@@ -197,6 +197,7 @@ def _record(job: Job, generated: str, metrics: dict[str, Any]) -> dict[str, Any]
     network = _main(job)
     return {
         **job.facts(generated)["record"],
+        "vae_precision": config.vae.precision if config.vae.path else None,
         "network": network["network"],
         "network_weights": network["weights"],
         "network_image_size": network["image_size"],
