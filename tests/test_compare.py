@@ -187,6 +187,25 @@ def test_records_of_anybodys_images_are_compared(tmp_path: Path, capsys: pytest.
     assert status == 2 and "sampler (sampler): not known (" in errors and "euler (ours)" in errors
 
 
+def test_the_page_says_whether_counts_are_equal() -> None:
+    def page(generated: int) -> tuple[bool, str]:
+        from jinja2 import Environment, FileSystemLoader
+
+        found = metrics(0, {})
+        found["counts"]["generated"] = generated
+        (table,) = html.measured([SimpleNamespace(name="one", metrics=found)])  # type: ignore[list-item]
+        source = FileSystemLoader(str(Path(html.__file__).parent)).get_source(Environment(), "page.html.jinja")[0]
+        line = next(line for line in source.splitlines() if line.startswith("The held-out row"))
+        return table["equal"], Environment().from_string(line).render(table=table)
+
+    equal, said = page(80)
+    assert equal and "score at the same count: no generator does better" in said
+    equal, said = page(160)
+    assert (
+        not equal and "at the same count" not in said and "at another count than the generated ones, which moves a Fréchet distance" in said
+    )
+
+
 def test_what_no_record_says_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As `d2c evaluate --out` writes it, without a word of the sampling; the rest is what is compared. A run's records say it all."""
     kept = ("network", "network_weights", "image_size", "generated", "reference", "neighbours", "kid_subsets", "kid_subset_size")

@@ -185,12 +185,14 @@ def measured(arms: list[gather.Arm]) -> list[dict[str, Any]]:
     for network in (arms[0].metrics["record"]["network"], *(arms[0].metrics.get("more") or {})):
         rows = result_rows(arms, network)
         keys = numbers.columns(rows)
+        counts = {row.count for row in rows if row.kind != "floor"}
         found.append(
             {
                 "network": network,
                 "headings": [numbers.COLUMNS[key] for key in keys],
                 "rows": [{"row": row, "cells": [numbers.value_and_error(row.values, key) for key in keys]} for row in rows],
                 "interval": any(row.values.get("frechet_interval") for row in rows),
+                "equal": len(counts) == 1,  # as many real as generated images
             }
         )
     return found
