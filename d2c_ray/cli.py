@@ -260,11 +260,14 @@ def evaluate(
     max_pixels: Annotated[
         int, typer.Option(min=0, metavar="N", help="Images of more pixels are left out; 0: 50,000,000. Four are in memory at once.")
     ] = 0,
+    save_statistics: Annotated[
+        str, typer.Option(metavar="FILE", help="An .npz for the reference's statistics in the network, which --reference takes.")
+    ] = "",
     out: Annotated[str, typer.Option(metavar="FILE", help="A .json for the numbers with their record, which d2c compare reads.")] = "",
 ) -> None:
     own = {
         "--reference": reference, "--network": network, "--more-networks": more_networks, "--train": train, "--no-mirror": not mirror, "--held-out": held_out,
-        "--size": size, "--batch": batch, "--max-pixels": max_pixels, "--out": out,
+        "--size": size, "--batch": batch, "--max-pixels": max_pixels, "--save-statistics": save_statistics, "--out": out,
     }  # fmt: skip
     if given.lower().endswith((".yaml", ".yml")):
         wrong = next((option for option, value in own.items() if value), None)
@@ -276,10 +279,11 @@ def evaluate(
         raise UserError(f"'{given}' is measured against real images: --reference, a folder, an .npz or .parquet of them, is missing.")
     if not mirror and not train:
         raise UserError("--no-mirror is of the images that were trained on: --train, a set of them, is missing.")
-    if out and not out.endswith(".json"):
-        raise UserError(f"--out {out}: a file that ends in .json would do.")
-    if out:
-        _writable("--out", out)
+    for option, file, ending in (("--out", out, ".json"), ("--save-statistics", save_statistics, ".npz")):
+        if file and not file.endswith(ending):
+            raise UserError(f"{option} {file}: a file that ends in {ending} would do.")
+        if file:
+            _writable(option, file)
     for override in overrides or []:
         key = override.partition("=")[0]
         if key in NOT_OF_IMAGES:
@@ -294,8 +298,20 @@ def evaluate(
     options = evaluate_options(overrides or [], {key: value for key, value in values.items() if value})
     from d2c_ray.report import image_sets
 
-    found = image_sets.evaluate(given, reference, options, train=train, held_out=held_out, mirror=mirror, size=size, max_pixels=max_pixels)
+    found = image_sets.evaluate(
+        given,
+        reference,
+        options,
+        train=train,
+        held_out=held_out,
+        mirror=mirror,
+        size=size,
+        max_pixels=max_pixels,
+        save_statistics=save_statistics,
+    )
     print("\n".join(image_sets.lines(found)))
+    if save_statistics:
+        print(f"statistics of the reference in {found['record']['network']}: {save_statistics}")
     if out:
         from pathlib import Path
 

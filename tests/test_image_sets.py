@@ -395,6 +395,24 @@ def test_the_numbers_are_those_of_the_features(sets: dict[str, Path], tmp_path: 
         measured.evaluate(str(sets["copies"]), str(tmp_path / "narrow.npz"), options())
 
 
+def test_the_references_statistics_are_kept(sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a second set of images is measured against without reading the reference again."""
+    kept, out = tmp_path / "kept" / "statistics.npz", tmp_path / "record.json"
+    given = ["evaluate", str(sets["copies"]), SMALL, "--out", str(out)]
+    status, said, errors = d2c(capsys, *given, "--reference", str(sets["reference"]), "--save-statistics", str(kept))
+    assert status == 0 and f"statistics of the reference in efficientnet-lite2: {kept}" in said, errors
+    first = json.loads(out.read_text())
+    assert d2c(capsys, *given, "--reference", str(kept))[0] == 0
+    second = json.loads(out.read_text())
+    assert second["generated"]["frechet"] == pytest.approx(first["generated"]["frechet"], rel=1e-6)
+    assert second["counts"]["reference"] == 100 and second["record"]["reference_statistics"]
+    for file, words in ((tmp_path / "a.txt", "a file that ends in .npz would do"), (out / "a.npz", "is no folder")):
+        status, _, errors = d2c(capsys, *given, "--reference", str(sets["reference"]), "--save-statistics", str(file))
+        assert status == 2 and words in errors
+    status, _, errors = d2c(capsys, *given, "--reference", str(kept), "--save-statistics", str(tmp_path / "b.npz"))
+    assert status == 2 and "--save-statistics: the reference is statistics alone" in errors
+
+
 def test_held_out_images_are_taken_out_of_the_reference(tmp_path: Path) -> None:
     real, made = folder(tmp_path / "real", DIGITS[:60]), folder(tmp_path / "made", DIGITS[60:90])
     (real / "00007.png").write_bytes(b"no picture")

@@ -13,6 +13,7 @@ from d2c_ray.config import INCEPTION, EvaluateConfig
 from d2c_ray.data import image_sets, reference_stats
 from d2c_ray.errors import UserError
 from d2c_ray.evaluate.frechet import Statistics
+from d2c_ray.evaluate.frechet import statistics as statistics_of
 from d2c_ray.evaluate.measures import measure
 from d2c_ray.evaluate.record import images_hash
 from d2c_ray.models import networks
@@ -54,7 +55,7 @@ class Embedded:
 
 def evaluate(
     images: str, reference: str, options: EvaluateConfig, *, train: str = "", held_out: str = "", mirror: bool = True,
-    size: int = 0, max_pixels: int = 0, device: torch.device | None = None,
+    size: int = 0, max_pixels: int = 0, save_statistics: str = "", device: torch.device | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures one set of images against another.
 
@@ -65,6 +66,7 @@ def evaluate(
         held_out: real images that are not in the reference, measured beside; a number: so many taken out of the reference.
         size: pixels a side of ADM's centre crop of every image; 0: as they are.
         max_pixels: of an image; larger ones are left out, and said to be. 0: `image_sets.MAX_PIXELS`.
+        save_statistics: file for the reference's mean and covariance in the main network; empty: none.
 
     Returns:
         As metrics.json: `measure` in the main network, `more` in the others, `record`; `sets` says what was read.
@@ -81,6 +83,8 @@ def evaluate(
         taken = _to_take(int(held_out), sets)
     elif held_out:
         sets["held_out"] = image_sets.find(held_out)
+    if save_statistics and "reference" not in sets:
+        raise UserError(f"--save-statistics: the reference is statistics alone, which are in {reference} already; images would do.")
     if train:
         sets["train"] = image_sets.find(train)
     for role, found in sets.items():
@@ -99,6 +103,9 @@ def evaluate(
         }
     if taken:
         read["reference"], read["held_out"] = _split(read["reference"], taken, options.seed)
+    if save_statistics:
+        path = Path(save_statistics).expanduser()
+        reference_stats.write(path, statistics_of(read["reference"].features[options.network]))
     labelled, names, said = _unify(read)
     measured = {name: _measure(name, read, labelled, names, given if name == options.network else None, options) for name in facts}
     main = measured.pop(options.network)
