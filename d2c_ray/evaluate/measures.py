@@ -130,8 +130,8 @@ def measure(
         )
     found["per_class"] = None
     if statistics is None and asked is not None and (whole or (reference is not None and reference_labels is not None)):
-        classes = whole.classes if whole else class_statistics(reference, reference_labels, asked)  # type: ignore[arg-type]
-        found["per_class"] = per_class(classes, generated, asked)
+        by_class = whole.classes if whole else class_statistics(reference, reference_labels, asked)  # type: ignore[arg-type]
+        found["per_class"] = per_class(by_class, generated, asked)
     found["copying"] = copying(generated, held_out, subset, pairs, subset_ids, mirrored) if subset is not None and len(subset) else None
     found["notes"] += _of_copying(found["copying"], subset_whole)
     floor = _floor(found["counts"], found["real"]["frechet"], rest, held_out is not None, statistics is not None)
