@@ -247,6 +247,9 @@ def evaluate(
     ] = "",
     more_networks: Annotated[str, typer.Option(metavar="NAMES", help="To measure in as well, separated by commas.")] = "",
     train: Annotated[str, typer.Option(metavar="IMAGES", help="The images that were trained on: for the floor, and for copying.")] = "",
+    mirror: Annotated[
+        bool, typer.Option("--mirror/--no-mirror", help="Whether a copy of a mirrored training image is one: training may have had flips.")
+    ] = True,
     held_out: Annotated[
         str, typer.Option(metavar="IMAGES|N", help="Real images measured beside: a set of them, or so many taken out of the reference.")
     ] = "",
@@ -257,11 +260,14 @@ def evaluate(
     max_pixels: Annotated[
         int, typer.Option(min=0, metavar="N", help="Images of more pixels are left out; 0: 50,000,000. Four are in memory at once.")
     ] = 0,
+    save_statistics: Annotated[
+        str, typer.Option(metavar="FILE", help="An .npz for the reference's statistics in the network, which --reference takes.")
+    ] = "",
     out: Annotated[str, typer.Option(metavar="FILE", help="A .json for the numbers with their record, which d2c compare reads.")] = "",
 ) -> None:
     own = {
-        "--reference": reference, "--network": network, "--more-networks": more_networks, "--train": train, "--held-out": held_out,
-        "--size": size, "--batch": batch, "--max-pixels": max_pixels, "--out": out,
+        "--reference": reference, "--network": network, "--more-networks": more_networks, "--train": train, "--no-mirror": not mirror, "--held-out": held_out,
+        "--size": size, "--batch": batch, "--max-pixels": max_pixels, "--save-statistics": save_statistics, "--out": out,
     }  # fmt: skip
     if given.lower().endswith((".yaml", ".yml")):
         wrong = next((option for option, value in own.items() if value), None)
@@ -271,8 +277,13 @@ def evaluate(
         return
     if not reference:
         raise UserError(f"'{given}' is measured against real images: --reference, a folder, an .npz or .parquet of them, is missing.")
-    if out and not out.endswith(".json"):
-        raise UserError(f"--out {out}: a file that ends in .json would do.")
+    if not mirror and not train:
+        raise UserError("--no-mirror is of the images that were trained on: --train, a set of them, is missing.")
+    for option, file, ending in (("--out", out, ".json"), ("--save-statistics", save_statistics, ".npz")):
+        if file and not file.endswith(ending):
+            raise UserError(f"{option} {file}: a file that ends in {ending} would do.")
+        if file:
+            _writable(option, file)
     for override in overrides or []:
         key = override.partition("=")[0]
         if key in NOT_OF_IMAGES:
@@ -287,8 +298,20 @@ def evaluate(
     options = evaluate_options(overrides or [], {key: value for key, value in values.items() if value})
     from d2c_ray.report import image_sets
 
-    found = image_sets.evaluate(given, reference, options, train=train, held_out=held_out, size=size, max_pixels=max_pixels)
+    found = image_sets.evaluate(
+        given,
+        reference,
+        options,
+        train=train,
+        held_out=held_out,
+        mirror=mirror,
+        size=size,
+        max_pixels=max_pixels,
+        save_statistics=save_statistics,
+    )
     print("\n".join(image_sets.lines(found)))
+    if save_statistics:
+        print(f"statistics of the reference in {found['record']['network']}: {save_statistics}")
     if out:
         from pathlib import Path
 
@@ -296,6 +319,21 @@ def evaluate(
 
         write_json(Path(out).expanduser(), found)
         print(f"record: {out}")
+
+
+def _writable(option: str, file: str) -> None:
+    """Refuses a file that cannot be written, before anything is measured for it."""
+    import os
+    from pathlib import Path
+
+    path = Path(file).expanduser().absolute()
+    if path.is_dir():
+        raise UserError(f"{option} {file}: there is a folder of that name; a file would do.")
+    there = next(parent for parent in path.parents if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"{option} {file}: '{there}' is no folder; a file in one would do.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {file}: nothing can be written to '{there}'; a file in a folder of yours would do.")
 
 
 @_command("compare")

@@ -33,8 +33,8 @@ VERSIONS = {
     "attach": 2,
     "train": 1,
     "sample": 3,
-    "reference": 3,
-    "evaluate": 3,
+    "reference": 4,
+    "evaluate": 4,
 }
 FOLDERS = {
     "score": "scores",

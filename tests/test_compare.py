@@ -181,8 +181,55 @@ def test_records_of_anybodys_images_are_compared(tmp_path: Path, capsys: pytest.
     status, said, errors = d2c(capsys, "compare", tmp_path / "theirs.json", tmp_path / "others.json")
     assert status == 0, errors
     assert "is not known of" in said and "others.json" in said
+    words = "sampler, sampling steps, guidance scale, which weights were sampled, decay of the averaged weights, VAE decoder, precision of the VAE decoder"
+    assert f"note: not known, and so perhaps not alike: {words}, how classes were drawn, precision of sampling" in said
     status, _, errors = d2c(capsys, "compare", tmp_path / "theirs.json", finished(tmp_path, "ours"))
     assert status == 2 and "sampler (sampler): not known (" in errors and "euler (ours)" in errors
+
+
+def test_the_page_says_whether_counts_are_equal() -> None:
+    def page(generated: int) -> tuple[bool, str]:
+        from jinja2 import Environment, FileSystemLoader
+
+        found = metrics(0, {})
+        found["counts"]["generated"] = generated
+        (table,) = html.measured([SimpleNamespace(name="one", metrics=found)])  # type: ignore[list-item]
+        source = FileSystemLoader(str(Path(html.__file__).parent)).get_source(Environment(), "page.html.jinja")[0]
+        line = next(line for line in source.splitlines() if line.startswith("The held-out row"))
+        return table["equal"], Environment().from_string(line).render(table=table)
+
+    equal, said = page(80)
+    assert equal and "score at the same count: no generator does better" in said
+    equal, said = page(160)
+    assert (
+        not equal and "at the same count" not in said and "at another count than the generated ones, which moves a Fréchet distance" in said
+    )
+
+
+def test_what_no_record_says_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `d2c evaluate --out` writes it, without a word of the sampling; the rest is what is compared. A run's records say it all."""
+    kept = ("network", "network_weights", "image_size", "generated", "reference", "neighbours", "kid_subsets", "kid_subset_size")
+    silent = {key: value for key, value in RECORD.items() if key in kept}
+    assert records.unknown(RECORD) == [] and records.unknown(silent)[:2] == ["sampler", "steps"]
+    assert "network_image_size" in records.unknown(silent) and not {"network", "guidance_interval"} & set(records.unknown(silent))
+    for seed, name in enumerate(("a.json", "b.json")):
+        write_json(tmp_path / name, {**metrics(seed, {}), "record": silent})
+    status, said, errors = d2c(capsys, "compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert status == 0, errors
+    assert said.count("note: not known, and so perhaps not alike: sampler, sampling steps, guidance scale, ") == 1
+    said = d2c(capsys, "compare", finished(tmp_path, "one"), finished(tmp_path, "two", seed=1))[1]
+    assert "not known, and so" not in said
+    _, said, _ = d2c(capsys, "compare", tmp_path / "a.json", finished(tmp_path, "ours"), "--anyway")
+    assert "not known, and so" not in said, "a difference is said as one"
+
+
+def test_the_precision_of_the_vae_is_of_the_measure() -> None:
+    """Records from before it was said: of pixels there is none, of a VAE it is not known."""
+    fp32, bf16 = ({**RECORD, "vae_decoder": "0123", "vae_precision": precision} for precision in ("fp32", "bf16"))
+    old = {**RECORD, "vae_decoder": "0123"}
+    assert records.differences([fp32, bf16]) == [("vae_precision", ["fp32", "bf16"])]
+    assert records.differences([fp32, old]) == [("vae_precision", ["fp32", None])] and records.differences([old, old]) == []
+    assert records.differences([RECORD, {**RECORD, "vae_precision": None}]) == []
 
 
 def test_only_what_is_finished_is_compared(tmp_path: Path) -> None:

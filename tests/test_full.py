@@ -235,7 +235,7 @@ def test_a_run_on_all_images_encodes_while_it_trains(local_ray, cifar10: Path, t
     config = load(DEBUG, [
         f"run.dir={tmp_path}", "data.source=folder", f"data.path={folder}", "data.image_size=32", "data.channels=3", "data.flip=true", "data.limit_per_class=0",
         "data.max_rejected=0.05", f"vae.path={vae_folder(tmp_path / 'vae')}", "vae.encode=training", "attach.vision.device_batch=4", "train.num_images=64",
-        "evaluate.neighbours=2", "evaluate.max_reference=30", "sample.num_images=12", "resources.actors=1", "attach.rows_per_part=16",
+        "evaluate.neighbours=2", "evaluate.max_reference=30", "sample.num_images=12", "sample.keep=none", "resources.actors=1", "attach.rows_per_part=16",
         "arms.REPA={select: {selector: all}, attach: {vision: {encode: training}}}",
     ])  # fmt: skip
     plan = pipeline.run(config, say=lambda text: None)
@@ -260,6 +260,20 @@ def test_a_run_on_all_images_encodes_while_it_trains(local_ray, cifar10: Path, t
     measured = json.loads((plan.of("evaluate")[0].folder / "metrics.json").read_text())
     assert measured["counts"]["subset"] + 1 in (42, 43), "all images that are measured anyway"
     page = (plan.folder / "report.html").read_text()
+    floor = measured["counts"]["subset"]
+    said = (
+        f"select.selector=all: the floor is of {floor} of its 59 training images, the reference among them, and near 0 by that alone",
+        f"select.selector=all: copies are sought among {floor} training images that are measured, and not among all 59",
+        "every held-out real image is a training image as well: how near new ones come to those is not known",
+    )
+    assert all(note in measured["notices"] and note in page for note in said), measured["notices"]
+    assert (
+        measured["copying"]["orientations"] == 2
+        and measured["copying"]["share_closer"] is None
+        and "the mirror image counts as well" in page
+    )
+    assert page.count("The generated images were not kept (sample.keep=none).") == 1 and "Their images were not kept" in page
+    assert pq.read_schema(plan.of("sample")[0].dir.parts()[0]).names == ["index", "label", "efficientnet-lite2"]
     assert "while training: latents by" in page and "vision by efficientnet-lite0" in page and "1 images could not be decoded" in page
 
     # Cut off after its first parts, it goes on: a part with a broken image is as finished as any.

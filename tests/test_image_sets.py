@@ -347,6 +347,30 @@ def test_copies_are_called_out_from_the_command_line(sets: dict[str, Path], tmp_
         assert words in said, words
 
 
+def test_mirrored_copies_are_called_out_unless_training_did_not_mirror(
+    sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirrored = npz(tmp_path / "mirrored.npz", DIGITS[np.arange(700, 730).repeat(2), :, ::-1])
+    out = tmp_path / "record.json"
+    rest = ["--reference", str(sets["reference"]), "--held-out", str(sets["held_out"]), "--out", str(out)]
+    given = [str(mirrored), SMALL, *rest, "--train", str(sets["train"])]
+    status, said, errors = d2c(capsys, "evaluate", *given)
+    assert status == 0, errors
+    found = json.loads(out.read_text())
+    assert found["copying"]["share_closer"] == 1.0 and found["record"]["copying_orientations"] == 2
+    pair = found["copying"]["pairs"][0]
+    assert pair["mirrored"] and int(re.sub(r"\D", "", pair["nearest"].split("#")[1])) == pair["index"] // 2
+    assert f"from {pair['nearest']}, mirrored" in said and "30 in both orientations" in said
+    assert "note: copies are sought in both orientations, as training with flips shows them; --no-mirror, where it had none" in said
+    status, said, errors = d2c(capsys, "evaluate", *given, "--no-mirror")
+    assert status == 0, errors
+    other = json.loads(out.read_text())
+    assert other["copying"]["share_closer"] < 0.5 and other["record"]["copying_orientations"] == 1
+    assert other["subset"] == found["subset"] and "in both orientations" not in said
+    status, _, errors = d2c(capsys, "evaluate", str(mirrored), *rest, "--no-mirror")
+    assert status == 2 and "--no-mirror is of the images that were trained on: --train" in errors
+
+
 def test_the_numbers_are_those_of_the_features(sets: dict[str, Path], tmp_path: Path) -> None:
     """Of the same network by hand; published statistics of the same images give the same distance."""
     own = options("evaluate.more_networks=[efficientnet-lite0]")
@@ -369,6 +393,24 @@ def test_the_numbers_are_those_of_the_features(sets: dict[str, Path], tmp_path: 
     reference_stats.write(tmp_path / "narrow.npz", statistics(np.random.default_rng(0).normal(size=(100, 64))))
     with pytest.raises(UserError, match="statistics of 64 features, and efficientnet-lite2 has 1280"):
         measured.evaluate(str(sets["copies"]), str(tmp_path / "narrow.npz"), options())
+
+
+def test_the_references_statistics_are_kept(sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a second set of images is measured against without reading the reference again."""
+    kept, out = tmp_path / "kept" / "statistics.npz", tmp_path / "record.json"
+    given = ["evaluate", str(sets["copies"]), SMALL, "--out", str(out)]
+    status, said, errors = d2c(capsys, *given, "--reference", str(sets["reference"]), "--save-statistics", str(kept))
+    assert status == 0 and f"statistics of the reference in efficientnet-lite2: {kept}" in said, errors
+    first = json.loads(out.read_text())
+    assert d2c(capsys, *given, "--reference", str(kept))[0] == 0
+    second = json.loads(out.read_text())
+    assert second["generated"]["frechet"] == pytest.approx(first["generated"]["frechet"], rel=1e-6)
+    assert second["counts"]["reference"] == 100 and second["record"]["reference_statistics"]
+    for file, words in ((tmp_path / "a.txt", "a file that ends in .npz would do"), (out / "a.npz", "is no folder")):
+        status, _, errors = d2c(capsys, *given, "--reference", str(sets["reference"]), "--save-statistics", str(file))
+        assert status == 2 and words in errors
+    status, _, errors = d2c(capsys, *given, "--reference", str(kept), "--save-statistics", str(tmp_path / "b.npz"))
+    assert status == 2 and "--save-statistics: the reference is statistics alone" in errors
 
 
 def test_held_out_images_are_taken_out_of_the_reference(tmp_path: Path) -> None:
@@ -466,6 +508,8 @@ def test_classes_are_shown_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["{images}", "--reference", "{images}", "evaluate.max_reference=9"], "'evaluate.max_reference=9' does nothing .*a set of fewer images would do"),
         (["{images}", "--reference", "{images}", "--network", "efficientnet-lite3"], "did you mean 'efficientnet-lite"),
         (["{images}", "--reference", "{images}", "--out", "record.txt"], "a file that ends in .json would do"),
+        (["{images}", "--reference", "{images}", "--out", "{bad}/00000.png/record.json"], "--out .*record.json: '.*00000.png' is no folder"),
+        (["{images}", "--reference", "{images}", "--out", "{folder}"], "--out .*folder.json: there is a folder of that name"),
         (["{one}", "--reference", "{images}"], "1 image in '.*one' has no spread"),
         (["{bad}", "--reference", "{images}", SMALL], "3 of 3 images in '.*bad' cannot be decoded, the first 00000.png"),
         (["configs/debug.yaml", "--network", "inception"], "--network is of images; a configuration says it itself"),
@@ -476,7 +520,9 @@ def test_mistakes_are_one_line(args: list[str], message: str, tmp_path: Path, ca
         "images": folder(tmp_path / "images", DIGITS[:20]),
         "one": folder(tmp_path / "one", DIGITS[:1]),
         "bad": folder(tmp_path / "bad", DIGITS[:3]),
+        "folder": tmp_path / "folder.json",
     }
+    places["folder"].mkdir()
     for file in places["bad"].iterdir():
         file.write_bytes(b"no picture")
     status, _, errors = d2c(capsys, "evaluate", *(arg.format(**places) for arg in args))

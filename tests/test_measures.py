@@ -21,9 +21,10 @@ from d2c_ray.evaluate.copying import copying
 from d2c_ray.evaluate.frechet import Moments, Statistics, frechet_distance, statistics
 from d2c_ray.evaluate.inception_score import inception_score
 from d2c_ray.evaluate.kid import discrepancy, kid
-from d2c_ray.evaluate.measures import measure
+from d2c_ray.evaluate.measures import Whole, measure
 from d2c_ray.evaluate.neighbours import nearest
 from d2c_ray.evaluate.precision_recall import overlap
+from d2c_ray.evaluate.probe import Probe
 
 
 def published(name: str) -> Any:
@@ -200,6 +201,42 @@ def test_a_copier_is_called_out_by_copying_and_not_by_frechet() -> None:
     assert [pair["distance"] for pair in pairs] == sorted(pair["distance"] for pair in pairs)
 
 
+def test_a_copier_that_mirrors_is_called_out_too() -> None:
+    """Half of what a student sees is mirrored where data.flip is on. Real images get the same second look, and stay as close as they were."""
+    x, _ = digits()
+    mirrored = x[1198:].reshape(-1, 8, 8)[:, :, ::-1].reshape(-1, 64)
+    rng = np.random.default_rng(1)
+    copies = np.clip(np.round((mirrored + rng.normal(size=(599, 64)) * 0.7) / 2) * 2, 0, 16)
+    ids = np.arange(599) + 5000
+    blind = of_digits(copies, subset_ids=ids)["copying"]
+    found, real = (of_digits(made, subset_ids=ids, mirrored=mirrored) for made in (copies, x[600:1198]))
+    assert blind["share_closer"] < 0.05 and (blind["orientations"], found["copying"]["orientations"]) == (1, 2)
+    assert found["copying"]["share_closer"] > 0.95 and found["copying"]["median_generated"] < 0.5 * found["copying"]["median_real"]
+    assert real["copying"]["share_closer"] <= found["copying"]["share_closer_expected"] + 1e-9 < 0.011
+    assert all(pair["sample_id"] == 5000 + pair["index"] and pair["mirrored"] for pair in found["copying"]["pairs"])
+    assert found["subset"] == of_digits(copies)["subset"], "the floor is of the images as they are"
+    upright = copying(x[1198:] + 0.2, x[600:1198], x[1198:], mirrored=mirrored)
+    assert upright["share_closer"] == 1.0 and not any(pair["mirrored"] for pair in upright["pairs"])
+    wanted = np.minimum(*(nearest(x[600:1198], keys, 1)[0][:, 0] for keys in (x[1198:], mirrored)))
+    assert upright["median_real"] == pytest.approx(np.median(np.sqrt(wanted)))
+
+
+def test_mirrored_copies_of_real_images_are_called_out(cifar10: Path) -> None:
+    """In a network's features, where an image and its mirror image are far apart."""
+    from d2c_ray.models.frozen import VisionEncoder
+
+    rows = pq.read_table(cifar10 / "train-000.parquet", columns=["image"]).slice(0, 300).column("image").to_pylist()
+    images = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in rows])
+    encoder = VisionEncoder("efficientnet-lite2", 64, torch.device("cpu"), 50)
+    features = encoder.pooled(torch.from_numpy(images)).numpy()
+    mirrored = encoder.pooled(torch.from_numpy(images[:80, :, ::-1].copy())).numpy()
+    noise = np.random.default_rng(0).normal(size=(80, 32, 32, 3)) * 4
+    made = encoder.pooled(torch.from_numpy(np.clip(images[:80, :, ::-1] + noise, 0, 255).astype(np.uint8))).numpy()
+    blind, found = (copying(made, features[80:], features[:80], mirrored=other) for other in (None, mirrored))
+    assert blind["share_closer"] < 0.2 and found["share_closer"] > 0.4, (blind, found)
+    assert copying(mirrored, features[80:], features[:80], mirrored=mirrored)["share_closer"] == 1.0
+
+
 def test_real_images_that_are_in_the_training_set_hide_no_copier() -> None:
     x, _ = digits()
     subset, held_out = x[1198:], x[600:1198].copy()
@@ -307,6 +344,89 @@ def test_published_statistics_take_the_place_of_the_reference() -> None:
     assert found["generated"]["frechet"] == pytest.approx(frechet_distance(statistics(x[:700]), given_))
     low, high = found["generated"]["frechet_interval"]
     assert low < found["generated"]["frechet"] < high and found["subset"]["frechet_interval"] is None
+
+
+def test_a_reference_is_measured_against_whole_and_held_in_part() -> None:
+    """Fréchet distances are to all of it, by class too, and the rest is of the rows that are held, as many real as generated ones."""
+    x, y = digits()
+    small = x @ np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:8].T
+    held = np.sort(np.random.default_rng(0).permutation(900)[:200])
+    classes = {label: statistics(small[:900][y[:900] == label]) for label in range(10)}
+    merged = Moments(8)
+    for part in np.array_split(small[:900], 7):
+        merged.merge(Moments(8).update(part))
+    given = {
+        "held_out": small[900:1200], "held_out_labels": y[900:1200], "generated": small[1200:1500], "asked": y[1200:1500], "subset": small[1500:],
+        "neighbours": 3, "kid_subsets": 2,
+    }  # fmt: skip
+    every = measure(reference=small[:900], reference_labels=y[:900], **given)
+    part = measure(reference=small[held], reference_labels=y[held], whole=Whole(900, merged.statistics(), classes), **given)
+    alone = measure(reference=small[held], reference_labels=y[held], **given)
+    for name in ("generated", "real", "subset"):
+        assert part[name]["frechet"] == pytest.approx(every[name]["frechet"], rel=1e-9)
+        for key in ("kid", "precision", "recall", "density", "coverage", "precision_recall_count"):
+            assert part[name][key] == alone[name][key], (name, key)
+        assert (part[name]["kid_count"], every[name]["kid_count"]) == (200, 900)
+    assert part["counts"] == every["counts"] and part["counts"]["reference"] == 900
+    assert part["per_class"] == pytest.approx(every["per_class"]) and len(part["per_class"]) == 10
+    assert part["generated"]["precision_recall_count"] == 200 and every["generated"]["precision_recall_count"] == 300
+    assert part["notes"] == [
+        "KID, precision, recall, density, coverage and the label probe look at 200 of the 900 reference images, drawn once; Fréchet distances at all"
+    ]
+    assert every["notes"] == []
+
+
+def test_a_subset_has_a_floor_of_all_and_copies_are_sought_in_part() -> None:
+    x, _ = digits()
+    found = of_digits(x[600:1198], subset_whole=Whole(1797, statistics(x)))
+    assert found["counts"]["subset"] == 1797 and found["copying"]["training"] == 599
+    assert found["subset"]["frechet"] == pytest.approx(frechet_distance(statistics(x), statistics(x[:600])))
+    assert found["notes"] == ["copies are sought among 599 of the 1,797 training images, drawn once"]
+
+
+def test_a_probe_is_fitted_on_so_many_rows_and_once() -> None:
+    x, y = digits()
+    few = Probe.fit(x[:600], y[:600], most=100)
+    assert few is not None and few.rows == 100 and few.accuracy(x[600:1198], y[600:1198]) > 0.5
+    every = Probe.fit(x[:600], y[:600])
+    assert every is not None and every.rows == 600 and Probe.fit(x[:600], np.zeros(600)) is None
+    given = {
+        "reference": x[:600], "reference_labels": y[:600], "held_out": x[600:1198], "held_out_labels": y[600:1198], "generated": x[1198:],
+        "asked": y[1198:], "subset": None, "neighbours": 3, "kid_subsets": 2,
+    }  # fmt: skip
+    own, same, other = (measure(**given, probe=probe) for probe in (True, every, few))
+    assert own["probe_rows"] == 600 and other["probe_rows"] == 100
+    assert own["label_agreement"] == same["label_agreement"] != other["label_agreement"]
+    assert own["probe_accuracy"] == every.accuracy(x[600:1198], y[600:1198])
+
+
+def test_given_statistics_measure_real_and_generated_images_at_one_count_too() -> None:
+    """All generated images, as a published distance is; and both at the count of the fewer real ones, since fewer images score higher."""
+    x, _ = digits()
+    given_ = statistics(x[:600])
+    found = of_digits(x[600:1198].repeat(2, 0), statistics=given_)
+    equal = found["at_equal_counts"]
+    assert (found["counts"]["generated"], found["counts"]["real"], equal["count"]) == (1196, 598, 598)
+    assert equal["real"] == found["real"]["frechet"] and equal["generated"] > found["generated"]["frechet"]
+    assert found["notes"] == [
+        f"1,196 generated images and 598 held-out real ones are measured, and fewer images score higher: at 598 each the Fréchet distance is "
+        f"{equal['generated']:.4g} of generated images and {equal['real']:.4g} of real ones"
+    ]
+    fewer = of_digits(x[600:900], statistics=given_)
+    assert (fewer["counts"]["generated"], fewer["counts"]["real"], fewer["at_equal_counts"], fewer["notes"]) == (300, 300, None, [])
+    assert of_digits(x[600:1196])["at_equal_counts"] is None
+
+
+def test_a_student_of_every_image_has_no_real_images_to_be_held_against() -> None:
+    x, _ = digits()
+    found = of_digits(x[600:1198], subset_whole=None)
+    assert found["copying"]["share_closer"] is not None
+    every = measure(
+        reference=x[:600], reference_labels=None, held_out=x[600:1198], held_out_labels=None, generated=x[1198:], asked=None, subset=x[:1198],
+        neighbours=3, kid_subsets=2,
+    )  # fmt: skip
+    assert every["copying"]["share_closer"] is None and every["copying"]["real_duplicates"] == 598
+    assert every["notes"][1:] == ["every held-out real image is a training image as well: how near new ones come to those is not known"]
 
 
 @pytest.mark.parametrize("rows", [6, 120])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +10,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from test_pipeline import colour_folder as colours  # noqa: F401 - a fixture
 
 from d2c_ray import plan as plans
 from d2c_ray.config import Config
-from d2c_ray.data import reference_stats, tables, units
+from d2c_ray.data import measured, reference_stats, tables, units
 from d2c_ray.data.decode import decode, encode_png
+from d2c_ray.distributed import embed
 from d2c_ray.errors import UserError
+from d2c_ray.evaluate import frechet
+from d2c_ray.evaluate.copying import copying
 from d2c_ray.evaluate.measures import measure
 from d2c_ray.job import Job, Result
 from d2c_ray.models import networks
@@ -108,6 +113,22 @@ def test_two_networks_measure_the_same_images(debug_config: Callable[..., Config
     assert metrics["notices"] == [more["notice"]]
     assert "efficientnet-lite0 is also a network that students are aligned with (attach.vision.encoder)" in more["notice"]
 
+    # Where training flips, copies are sought among mirror images too; the rest stays as it is.
+    (tmp_path / "flipped").mkdir()
+    for folder in ("samples", "subset"):
+        shutil.copytree(tmp_path / "eval" / folder, tmp_path / "flipped" / folder)  # as an interrupted attempt leaves them
+    flipped = finish(evaluate.run, debug_config(*CHANGES, "data.flip=true"), inputs, tmp_path / "flipped").success()["facts"]
+    assert flipped["record"] == record | {"copying_orientations": 2} and record["copying_orientations"] == 1
+    for name, found, plain in (
+        ("efficientnet-lite2", flipped, metrics),
+        ("efficientnet-lite0", flipped["more"]["efficientnet-lite0"], more),
+    ):
+        network = networks.load(name, config.evaluate, torch.device("cpu"))
+        seen = [network.features(images) for images in (pixels(subset), pixels(subset)[:, :, ::-1].copy(), pixels(rows)[held_out])]
+        ids = subset.column("sample_id").to_numpy()
+        assert found["copying"] == copying(by_network[name], seen[2], seen[0], 3, ids, seen[1])
+        assert found["copying"] != plain["copying"] and all(found[key] == plain[key] for key in ("generated", "real", "subset", "counts"))
+
     # Features in place of images, as many without guidance beside them, and distances to the reference's own statistics as a file.
     given = inputs["reference"].path / "statistics.npz"
     kept = debug_config(*CHANGES, "sample.keep=none", f"evaluate.reference={given}")
@@ -115,9 +136,9 @@ def test_two_networks_measure_the_same_images(debug_config: Callable[..., Config
     inputs["sample"] = samples(tmp_path / "kept", 1.5, light | by_network, NAMES)
     inputs["unguided"] = samples(tmp_path / "unguided", 1.0, light | {name: by_network[name] + 1 for name in NAMES}, NAMES)
     (tmp_path / "again").mkdir()
-    shutil.copy(tmp_path / "eval" / "subset.parquet", tmp_path / "again")  # as an interrupted attempt leaves it
+    shutil.copytree(tmp_path / "eval" / "subset", tmp_path / "again" / "subset")  # as an interrupted attempt leaves it
     other = finish(evaluate.run, kept, inputs, tmp_path / "again").success()["facts"]
-    assert not (tmp_path / "again" / "samples.parquet").exists()
+    assert not (tmp_path / "again" / "samples").exists()
     for name in ("generated", "real", "subset"):
         assert other[name]["frechet"] == pytest.approx(metrics[name]["frechet"], rel=1e-6)
         assert other[name]["kid"] == metrics[name]["kid"] and other[name]["recall"] == metrics[name]["recall"]
@@ -158,3 +179,119 @@ def test_what_changes_a_number_changes_the_plan(debug_config: Callable[..., Conf
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(8), sigma=np.eye(8))
     with pytest.raises(UserError, match="holds statistics of 8 features, and efficientnet-lite2 has 1280"):
         hashes(f"evaluate.reference={tmp_path / 'narrow.npz'}")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_features_are_kept_as_they_come(
+    debug_config: Callable[..., Config], request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many broken images end the stage, and what it had finished is not made again; the parts' size changes no bit."""
+    changes = (
+        "data.source=folder", f"data.path={request.getfixturevalue('colours')}", "data.image_size=16", "data.channels=3", "data.limit_per_class=0", "evaluate.image_size=32",
+        "sample.num_images=20", "resources.actors=1",
+    )  # fmt: skip
+    strict, lenient = debug_config(*changes, "data.max_rejected=0"), debug_config(*changes, "data.max_rejected=0.05")
+    inputs = {"manifest": finish(manifest.run, lenient, {}, tmp_path / "manifest")}
+    whole = finish(reference.run, lenient, inputs, tmp_path / "whole")
+    (part,) = StageDir(whole.path / measured.FEATURES).parts()
+    assert tables.metadata(part)["device"] and len(tables.metadata(part)["rejected"]) == 1
+    broken = tables.read(whole.path / "rejected.parquet").to_pylist()
+    assert [row["key"].rsplit("/", 1)[1] for row in broken] == ["03.jpg"]
+
+    monkeypatch.setattr(embed, "ROWS_PER_UNIT", 3)
+    with pytest.raises(UserError, match=r"(?s)1 of 48 images cannot be used.*Finished shards are kept") as refusal:
+        finish(reference.run, strict, inputs, tmp_path / "parts")
+    assert "03.jpg" in str(refusal.value)
+    folder = StageDir(tmp_path / "parts" / measured.FEATURES)
+    before = {path: path.stat().st_mtime_ns for path in folder.parts()}
+    assert 2 <= len(before) < 16, "the broken one is the fourth"
+    parts = finish(reference.run, lenient, inputs, tmp_path / "parts")
+    assert len(folder.parts()) == 16 and {path: path.stat().st_mtime_ns for path in before} == before
+    assert tables.read(tmp_path / "parts" / "rejected.parquet").to_pylist() == broken
+    one, other = tables.read(part), tables.read(folder.parts())
+    assert one.column("id").to_pylist() == other.column("id").to_pylist() and len(other) == 47
+    network = "efficientnet-lite2"
+    assert np.array_equal(tables.tensor_values(one, network), tables.tensor_values(other, network))
+    assert whole.success()["facts"] == parts.success()["facts"]
+    mine, theirs = (reference_stats.read("", found.path / "statistics.npz", 1280, "") for found in (whole, parts))
+    np.testing.assert_allclose(mine.sigma, theirs.sigma, rtol=0, atol=1e-12)
+
+    lost = folder.parts()[3]
+    facts = tables.metadata(lost)
+    tables.write(lost, tables.read(lost).replace_schema_metadata(None), facts | {"device": "another kind"})
+    with pytest.raises(UserError, match="made on one kind of hardware"):
+        finish(reference.run, lenient, inputs, tmp_path / "parts")
+
+
+def made_up(folder: Path, ids: np.ndarray, rng: np.random.Generator, rows: int = 1000) -> StageDir:
+    """Parts of features that are cheap to store: few different values."""
+    for number, start in enumerate(range(0, len(ids), rows)):
+        some = ids[start : start + rows]
+        features = rng.integers(0, 8, (len(some), 1280)).astype(np.float32) + (some % 10)[:, None] / 4
+        tables.write(folder / f"part-{number:06d}.parquet", measured.table(some, some % 10, {"efficientnet-lite2": features}), {})
+    return StageDir(folder)
+
+
+def test_measuring_takes_no_memory_for_the_reference(
+    debug_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten times as many real images, trained on in part: the same memory to a few blocks, and the distance is to all of them."""
+    monkeypatch.setattr(evaluate, "MOST_REFERENCE", 300)
+    monkeypatch.setattr(evaluate, "MOST_TRAINING", 100)
+    monkeypatch.setattr(measured, "BLOCK", 500)
+    config = debug_config(
+        "sample.keep=none", "sample.num_images=60", "evaluate.kid_subsets=2", "evaluate.pairs=2", "resources.gpus_per_actor=0"
+    )
+    facts = networks.facts("efficientnet-lite2", config.evaluate)
+    peaks, metrics = [], {}
+    for count in (1500, 15_000):
+        root, rng = tmp_path / str(count), np.random.default_rng(0)
+        parts = made_up(root / "reference" / measured.FEATURES, np.arange(count), rng).parts()
+        held_out = np.arange(0, count, count // 60)[:60]
+        moments = frechet.Moments(1280)
+        for block in measured.blocks(parts, "efficientnet-lite2"):
+            moments.update(block.features[~np.isin(block.ids, held_out)])
+        reference_stats.write(root / "reference" / "statistics.npz", moments.statistics())
+        told = {**facts, "images": moments.count, "statistics": "statistics.npz"}
+        write_json(
+            root / "reference" / "_SUCCESS.json",
+            {"facts": {"held_out_ids": held_out.tolist(), "networks": {"efficientnet-lite2": told}, "reference_images": ""}},
+        )
+        trained = np.setdiff1d(np.arange(count), held_out)[: count // 2]
+        tables.write(root / "attach" / "selection.parquet", pa.table({"sample_id": trained}), {})
+        made = made_up(root / "made", np.arange(60), rng)
+        for part in made.parts():
+            tables.write(part, tables.read(part).rename_columns(["index", "label", "efficientnet-lite2"]), {})
+        write_json(root / "made" / "_SUCCESS.json", {"facts": {"record": {"guidance": 1.5}}})
+        inputs = {"reference": StageDir(root / "reference"), "attach": StageDir(root / "attach"), "sample": made}
+        usual = pa.default_memory_pool()
+        arrow = pa.proxy_memory_pool(usual)
+        pa.set_memory_pool(arrow)
+        tracemalloc.start()
+        metrics[count] = finish(evaluate.run, config, inputs, root / "eval").success()["facts"]
+        peaks.append((tracemalloc.get_traced_memory()[1], arrow.max_memory()))
+        tracemalloc.stop()
+        pa.set_memory_pool(usual)
+        whole = measured.read(parts, "efficientnet-lite2").features
+        outside = np.ones(count, bool)
+        outside[held_out] = False
+        against, generated = frechet.statistics(whole[outside]), measured.read(made.parts(), "efficientnet-lite2").features
+        assert metrics[count]["generated"]["frechet"] == pytest.approx(
+            frechet.frechet_distance(frechet.statistics(generated), against), rel=1e-7
+        )
+        floor = frechet.frechet_distance(frechet.statistics(whole[trained]), against)
+        assert metrics[count]["subset"]["frechet"] == pytest.approx(floor, rel=1e-5, abs=1e-6 * against.trace)
+        assert metrics[count]["counts"] == {
+            "generated": 60,
+            "sampled": 60,
+            "real": 60,
+            "subset": count // 2,
+            "reference": count - 60,
+            "width": 1280,
+        }
+        assert metrics[count]["copying"]["training"] == 100 and metrics[count]["generated"]["kid_count"] == 300
+        assert metrics[count]["record"]["probe_rows"] == 300 and metrics[count]["record"]["reference_rows"] == 300
+        assert f"copies are sought among 100 of the {count // 2:,} training images, drawn once" in metrics[count]["notices"]
+    more = 13_500 * 1280 * 4
+    for few, many in zip(*peaks, strict=True):
+        assert few > 1e6 and many - few < more / 10, f"{many / 2**20:.0f} MiB for ten times the images of {few / 2**20:.0f} MiB"

@@ -1,5 +1,6 @@
 """Tables of features to measure in: id, label, a tensor column for every network by its name, and one of class probabilities."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from d2c_ray import schema
 from d2c_ray.config import INCEPTION
 from d2c_ray.data import tables
 
+FEATURES = "features"  # folder of the reference's parts
+BLOCK = 4096  # rows that are held at once while a table is gone through
 PROBABILITIES = "probabilities"  # of Inception, which alone gives them
 
 
@@ -45,3 +48,56 @@ def read(paths: Path | list[Path], network: str) -> Measured:
         found.column(id_column).to_numpy(), found.column("label").to_numpy(), tables.tensor_values(found, network),
         tables.tensor_values(found, PROBABILITIES) if probable else None,
     )  # fmt: skip
+
+
+def listed(parts: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and labels of all rows, without their features."""
+    found = tables.read(parts, ["id", "label"])
+    return found.column("id").to_numpy(), found.column("label").to_numpy()
+
+
+def blocks(parts: list[Path], network: str) -> Iterator[Measured]:
+    """The rows of parts in order, those of some parts at a time: about `BLOCK` are in memory, however many there are."""
+    some: list[Path] = []
+    rows = 0
+    for part in parts:
+        some.append(part)
+        rows += tables.num_rows(part)
+        if rows >= BLOCK:
+            yield read(some, network)
+            some, rows = [], 0
+    if rows:
+        yield read(some, network)
+
+
+class Picked:
+    """The rows of some ids (ascending, all of them there), picked out of `blocks` as they pass."""
+
+    def __init__(self, ids: np.ndarray):
+        self._ids, self._found = ids, np.zeros(len(ids), bool)
+        self._columns: list[np.ndarray | None] = [None, None, None]  # labels, features, probabilities
+
+    def take(self, block: Measured) -> None:
+        """Keeps what is wanted of a block."""
+        there = np.flatnonzero(np.isin(block.ids, self._ids))
+        places = np.searchsorted(self._ids, block.ids[there])
+        for number, values in enumerate((block.labels, block.features, block.probabilities)):
+            if values is None:
+                continue
+            # As large as all of it from the start: parts that are put together at the end are held twice.
+            column = self._columns[number]
+            if column is None:
+                column = self._columns[number] = np.empty((len(self._ids), *values.shape[1:]), values.dtype)
+            column[places] = values[there]
+        self._found[places] = True
+
+    def rows(self) -> Measured:
+        """What was picked, in the order of the ids.
+
+        Raises:
+            ValueError: some ids never passed.
+        """
+        labels, features, probabilities = self._columns
+        if labels is None or features is None or not self._found.all():
+            raise ValueError(f"{(~self._found).sum()} of {len(self._ids)} rows are not among the features")
+        return Measured(self._ids, labels, features, probabilities)

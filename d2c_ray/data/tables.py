@@ -76,6 +76,11 @@ def columns(path: Path) -> list[str]:
     return pq.read_schema(path).names
 
 
+def num_rows(path: Path) -> int:
+    """How many rows a file has."""
+    return pq.read_metadata(path).num_rows
+
+
 def write(path: Path, table: pa.Table, metadata: dict[str, Any] | None = None, row_group_rows: int | None = None) -> None:
     """Writes a Parquet file whole, with `metadata` as JSON in its schema under the key 'd2c'."""
     if metadata is not None:

@@ -264,7 +264,7 @@ class Sampler:
 
 
 class Embedder:
-    """Features of images in the networks that measure them; every image is decoded once for all."""
+    """Features of images in the networks that measure them, written as one Parquet part a unit; an image is decoded once for all networks."""
 
     def __init__(
         self, evaluate: EvaluateConfig, data: DataConfig, storage: StorageConfig, weights: dict[str, str], device: str, threads: int
@@ -274,12 +274,11 @@ class Embedder:
             weights: of the networks, as `Measurers` takes them.
         """
         torch.set_num_threads(threads)
-        self.data, self.storage = data, storage
+        self.data, self.storage, self.hardware = data, storage, hardware(torch.device(device))
         self.networks = Measurers(weights, evaluate, torch.device(device))
 
     def run(self, unit: dict[str, Any]) -> dict[str, Any]:
-        """A unit of manifest-shaped rows, or a part of generated images: id, label, rejected, and `tensors` (features by network, and
-        probabilities where one gives them)."""
+        """A unit of manifest-shaped rows, their mirror images, or a part of generated images; gives the facts of the part it wrote."""
         rejected: list[dict[str, str]] = []
         if "samples" in unit:
             table = tables.read(Path(unit["samples"]))
@@ -293,8 +292,12 @@ class Embedder:
         else:
             table, rejected = units.decode_rows(units.read_rows(unit), self.data, self.storage)
             pixels, ids = units.pixels_of(table), table.column("sample_id")
-        tensors = self.networks.see(pixels)
-        return {"id": ids.to_numpy(), "label": table.column("label").to_numpy(), "tensors": tensors, "rejected": rejected}
+            if unit["mirrored"]:  # N x H x W x C
+                pixels = np.ascontiguousarray(pixels[:, :, ::-1])
+        seen = measured.table(ids.to_numpy(), table.column("label").to_numpy(), self.networks.see(pixels))
+        facts = {"unit": unit, "rows": len(seen), "rejected": rejected, "device": self.hardware}
+        tables.write(Path(unit["part"]), seen, facts)
+        return facts
 
 
 class Measurers:

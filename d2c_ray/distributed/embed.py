@@ -3,22 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from d2c_ray import schema
 from d2c_ray.config import Config, EmbedConfig
-from d2c_ray.data import measured, tables, units
+from d2c_ray.data import tables, units
 from d2c_ray.data.ledger import Ledger
 from d2c_ray.distributed import pool
 from d2c_ray.distributed.actors import Embedder, FeatureExtractor
 from d2c_ray.distributed.cluster import Share
 from d2c_ray.distributed.filling import fill
+from d2c_ray.errors import UserError
 from d2c_ray.models import networks
 from d2c_ray.progress import Progress
 from d2c_ray.rejects import Rejects
 
-ROWS_PER_UNIT = 128
+ROWS_PER_UNIT = 256  # images a part
+ROWS_PER_GROUP = 4096  # of a file of rows to embed, which actors read a row group at a time
 
 
 def embed(
@@ -45,46 +46,65 @@ def _finish(table: pa.Table) -> pa.Table:
     return table.sort_by("sample_id").select(list(schema.EMBEDDINGS))
 
 
-def embed_rows(config: Config, rows: Path, out: Path, share: Share, rejects: Rejects, progress: Progress) -> None:
-    """Writes what every network sees in a manifest-shaped file's images to `out`, as `data.measured` reads it, by sample_id."""
-    _embed(config, units.cut(units.shards([rows]), ROWS_PER_UNIT), out, share, rejects, progress)
+def of_rows(rows: Path, out: Path, mirrored: bool = False) -> list[dict[str, Any]]:
+    """Work for `embed_images`: a manifest-shaped file's images, or their mirror images, into parts of the folder `out` by sample_id."""
+    work = units.cut(units.shards([rows]), ROWS_PER_UNIT)
+    return [{**unit, "mirrored": mirrored, "part": str(out / f"part-{unit['unit']:06d}.parquet")} for unit in work]
 
 
-def embed_samples(config: Config, parts: list[Path], out: Path, share: Share, rejects: Rejects, progress: Progress) -> None:
-    """Writes what every network sees in generated images to `out`, as `data.measured` reads it, by index."""
-    _embed(config, [{"samples": str(part)} for part in parts], out, share, rejects, progress)
+def of_samples(parts: list[Path], out: Path) -> list[dict[str, Any]]:
+    """Work for `embed_images`: parts of generated images into parts of the folder `out`, by index."""
+    return [{"samples": str(part), "part": str(out / part.name)} for part in parts]
 
 
-def _embed(config: Config, work: list[dict[str, Any]], out: Path, share: Share, rejects: Rejects, progress: Progress) -> None:
-    if out.is_file():
-        rejected = tables.metadata(out)["rejected"]
-        rejects.add(rejected)
-        progress.advance(len(tables.read(out, ["id"])) + len(rejected))
-        return
-    facts = networks.every(config.evaluate)
+def embed_images(config: Config, work: list[dict[str, Any]], share: Share, rejects: Rejects, progress: Progress) -> None:
+    """Writes what every network sees in images, as `data.measured` reads it: a part a unit, whole or not there.
+
+    An actor writes the parts it makes, so that no features pass through this process; parts that are there are not made again.
+
+    Raises:
+        UserError: too many images cannot be decoded, or other hardware than before.
+    """
+    device = ""
+
+    def take(unit: dict[str, Any], facts: dict[str, Any]) -> None:
+        nonlocal device
+        device = device or facts["device"]
+        if facts["device"] != device:
+            Path(unit["part"]).unlink()
+            raise UserError(
+                f"'{Path(unit['part']).parent}' was begun on {device}, and this part comes from {facts['device']}: features that are compared are made on "
+                "one kind of hardware, since their last bits differ between kinds. Go on where it was begun, or move the folder away to begin anew."
+            )
+        rejects.add(facts["rejected"])
+        progress.advance(facts["rows"] + len(facts["rejected"]))
+
+    missing = []
+    for folder in {Path(unit["part"]).parent for unit in work}:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".part-*"):  # what a killed process was writing
+            stale.unlink(missing_ok=True)
+    for unit in work:
+        facts = _there(Path(unit["part"]))
+        if facts:
+            take(unit, facts)
+        else:
+            missing.append(unit)
     actor_args = {
         "evaluate": config.evaluate,
         "data": config.data,
         "storage": config.storage,
-        "weights": {name: own["weights"] for name, own in facts.items()},
+        "weights": {name: own["weights"] for name, own in networks.every(config.evaluate).items()},
         "device": share.device,
         "threads": share.threads,
     }
-    found: list[dict[str, Any]] = []
-    for _, result in pool.run_pool(Embedder, actor_args, work, share):
-        rejects.add(result["rejected"])
-        progress.advance(len(result["id"]) + len(result["rejected"]))
-        # Copies, since what Ray gives are views that would keep every unit in the object store until the last is here.
-        arrays = {name: np.array(values) for name, values in result["tensors"].items()}
-        found.append(
-            {"id": np.array(result["id"]), "label": np.array(result["label"]), "tensors": arrays, "rejected": list(result["rejected"])}
-        )
-        del result
-    ids, labels = (np.concatenate([own[name] for own in found]) for name in ("id", "label"))
-    order = np.argsort(ids)
-    tensors = {}
-    for name in list(found[0]["tensors"]):
-        # Taken out one by one, so that not all networks' features are held twice.
-        tensors[name] = np.concatenate([own["tensors"].pop(name) for own in found])[order]
-    metadata = {"networks": list(facts.values()), "rejected": [row for own in found for row in own["rejected"]]}
-    tables.write(out, measured.table(ids[order], labels[order], tensors), metadata)
+    for unit, facts in pool.run_pool(Embedder, actor_args, missing, share):
+        take(unit, facts)
+
+
+def _there(part: Path) -> dict[str, Any] | None:
+    """The facts of a part that is there and can be read: a machine that lost power may leave half of one."""
+    try:
+        return tables.metadata(part)
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        return None

@@ -1,5 +1,7 @@
 """The measures of one student, each beside its floor and what real images score at the same counts."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,25 +13,44 @@ from d2c_ray.evaluate.frechet import statistics as statistics_of
 from d2c_ray.evaluate.inception_score import inception_score
 from d2c_ray.evaluate.kid import kid
 from d2c_ray.evaluate.precision_recall import overlap
-from d2c_ray.evaluate.probe import label_agreement
+from d2c_ray.evaluate.probe import Probe
+from d2c_ray.evaluate.rows import drawn, shuffled
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A set of images of which not all features are held.
+
+    Attributes:
+        count, statistics: of all of them. classes: statistics by label, of those classes that have more images than the
+            features are wide.
+    """
+
+    count: int
+    statistics: Statistics
+    classes: Mapping[int, Statistics] = field(default_factory=dict)
 
 
 def measure(
     *, reference: np.ndarray | None, reference_labels: np.ndarray | None, held_out: np.ndarray | None, held_out_labels: np.ndarray | None,
     generated: np.ndarray, asked: np.ndarray | None, subset: np.ndarray | None, neighbours: int, statistics: Statistics | None = None,
-    subset_ids: np.ndarray | None = None, probabilities: np.ndarray | None = None, held_out_probabilities: np.ndarray | None = None,
-    kid_subsets: int = 100, kid_subset_size: int = 1000, bootstrap: int = 0, pairs: int = 16, seed: int = 0, probe: bool = True,
+    subset_ids: np.ndarray | None = None, mirrored: np.ndarray | None = None, probabilities: np.ndarray | None = None, held_out_probabilities: np.ndarray | None = None,
+    kid_subsets: int = 100, kid_subset_size: int = 1000, bootstrap: int = 0, pairs: int = 16, seed: int = 0, probe: bool | Probe | None = True,
+    whole: Whole | None = None, subset_whole: Whole | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures generated images, held-out real ones and the subset against one reference.
 
     Args:
         reference, held_out: features of disjoint real images. generated, asked: features and the classes asked for.
         subset: features of the images the student was trained on, subset_ids: what those are called (else their rows).
+        mirrored: of their mirror images, where it has seen these too; for copying alone.
         statistics: Fréchet distances are to these, and of all generated images; without them they are to the
             reference, and of as many generated images as there are held-out ones.
+        whole, subset_whole: what `reference` and `subset` are some rows of, where not all are held. Fréchet distances are of
+            these, and what looks at single rows (KID, precision to coverage, the probe, copying) looks at the rows.
         probabilities, held_out_probabilities: class probabilities a row, of a network that gives them.
         kid_subsets, kid_subset_size: as of `kid`. bootstrap: resamplings behind the intervals, 0 for none.
-        pairs: generated images next to a training image that are listed. probe: train one for label_agreement.
+        pairs: generated images next to a training image that are listed. probe: one for label_agreement, or whether to fit it.
         Whatever may be None leaves what needs it None.
 
     Returns:
@@ -38,7 +59,7 @@ def measure(
         sampled is how many generated images there are. The subset has its own count, which is what a model that copies it
         would draw from.
         For each of generated, real and subset: frechet, frechet_interval (95 %; not of the subset, which is no draw), kid,
-        kid_error (standard error), precision, recall, density, coverage, precision_recall_count (of either side),
+        kid_error (standard error), kid_count (rows of the reference it draws from), precision, recall, density, coverage, precision_recall_count (of either side),
         inception_score, inception_score_error (standard deviation over ten parts in a fixed shuffled order).
         Without held-out images real is as many of the reference against the rest of it, where images are too few for the
         features' width and the reference is twice as many; else nothing.
@@ -46,25 +67,32 @@ def measure(
         per_class: {label: Fréchet distance} of the classes with more images than the features are wide, both generated
         and in the reference, which is what it takes for covariances of full rank; None without such a class, or with
         `statistics`, which have no classes.
-        copying: as `copying` gives it. label_agreement and probe_accuracy: as of `label_agreement`.
+        copying: as `copying` gives it. label_agreement, probe_accuracy: shares of generated images whose probed class is the one
+        asked, and of held-out ones whose is their own. probe_rows: real images the probe was fitted on.
+        at_equal_counts: with `statistics` and fewer held-out images than generated ones count, and the Fréchet distances of so
+        many of either (generated, real); else None.
         too_few: a sentence where there are too few images for the features' width. notes: sentences on what was measured.
     """
-    equal = held_out is not None and statistics is None
-    count = min(len(generated), len(held_out)) if equal and held_out is not None else len(generated)
-    against = statistics if statistics is not None else None if reference is None or len(reference) < 2 else statistics_of(reference)
-    drawn = _rows(len(generated), count)
+    fewest = len(generated) if held_out is None else min(len(generated), len(held_out))
+    count = fewest if statistics is None else len(generated)
+    against = statistics or (whole.statistics if whole else None)
+    if against is None and reference is not None and len(reference) > 1:
+        against = statistics_of(reference)
+    some = drawn(len(generated), count)
     sets = {
-        "generated": (generated[drawn], None if probabilities is None else probabilities[drawn], bootstrap),
-        "real": _real(held_out, held_out_probabilities, count if equal else None, bootstrap),
+        "generated": (generated[some], None if probabilities is None else probabilities[some], bootstrap),
+        "real": _real(held_out, held_out_probabilities, fewest, bootstrap),
         "subset": (subset, None, 0),
     }
     found: dict[str, Any] = {"counts": {name: 0 if features is None else len(features) for name, (features, _, _) in sets.items()}}
     found["counts"] |= {
-        "sampled": len(generated), "reference": _reference_count(reference, statistics), "width": int(generated.shape[1]),
+        "sampled": len(generated), "reference": _reference_count(reference, whole, statistics), "width": int(generated.shape[1]),
     }  # fmt: skip
+    if subset_whole:
+        found["counts"]["subset"] = subset_whole.count
     for name, (features, classes, resamples) in sets.items():
         found[name] = {
-            **_frechet(features, against, resamples, seed),
+            **_frechet(features, against, resamples, seed, subset_whole if name == "subset" else None),
             **_kernel(reference, features, kid_subsets, kid_subset_size, seed),
             **_overlap(reference, features, neighbours),
             **_inception_score(classes),
@@ -72,10 +100,23 @@ def measure(
     found["notes"] = []
     if count < len(generated):
         found["notes"].append(f"measured {count:,} of {len(generated):,} generated images: so many real images are held out")
+    found["at_equal_counts"] = None
+    if statistics is not None and held_out is not None and 1 < fewest < count:
+        fair = frechet_distance(statistics_of(generated[drawn(len(generated), fewest)]), statistics)
+        found["at_equal_counts"] = {"count": fewest, "generated": fair, "real": found["real"]["frechet"]}
+        found["notes"].append(
+            f"{count:,} generated images and {fewest:,} held-out real ones are measured, and fewer images score higher: at {fewest:,} each the "
+            f"Fréchet distance is {fair:.4g} of generated images and {found['real']['frechet']:.4g} of real ones"
+        )
+    if whole and reference is not None and len(reference) < whole.count:
+        found["notes"].append(
+            f"KID, precision, recall, density, coverage and the label probe look at {len(reference):,} of the {whole.count:,} reference images, "
+            "drawn once; Fréchet distances at all"
+        )
     rest = None  # of the reference, where the real images are a part of it
     if held_out is None and statistics is None and reference is not None and 1 < count <= len(reference) // 2 and _are_few(found["counts"]):
         taken = np.zeros(len(reference), bool)
-        taken[_rows(len(reference), count)] = True
+        taken[drawn(len(reference), count)] = True
         real, others = reference[taken], reference[~taken]
         rest = len(others)
         found["counts"]["real"] = count
@@ -88,26 +129,53 @@ def measure(
             f"no real images are held out: the real ones shown are {count:,} of the reference, measured against its other {rest:,}"
         )
     found["per_class"] = None
-    if statistics is None and reference is not None and reference_labels is not None and asked is not None:
-        found["per_class"] = per_class(reference, reference_labels, generated, asked)
-    found["copying"] = copying(generated, held_out, subset, pairs, subset_ids) if subset is not None and len(subset) else None
+    if statistics is None and asked is not None and (whole or (reference is not None and reference_labels is not None)):
+        by_class = whole.classes if whole else class_statistics(reference, reference_labels, asked)  # type: ignore[arg-type]
+        found["per_class"] = per_class(by_class, generated, asked)
+    found["copying"] = copying(generated, held_out, subset, pairs, subset_ids, mirrored) if subset is not None and len(subset) else None
+    found["notes"] += _of_copying(found["copying"], subset_whole)
     floor = _floor(found["counts"], found["real"]["frechet"], rest, held_out is not None, statistics is not None)
     found["too_few"] = too_few(found["counts"], floor)
-    agreement = None
-    if probe and all(value is not None for value in (reference, reference_labels, held_out, held_out_labels, asked)):
-        agreement = label_agreement(reference, reference_labels, held_out, held_out_labels, generated, asked)  # type: ignore[arg-type]
-    found["label_agreement"], found["probe_accuracy"] = agreement if agreement else (None, None)
+    found["label_agreement"] = found["probe_accuracy"] = found["probe_rows"] = None
+    if reference is None or reference_labels is None or held_out is None or held_out_labels is None or asked is None:
+        return found
+    if probe is True:
+        probe = Probe.fit(reference, reference_labels)
+    if isinstance(probe, Probe):
+        found["label_agreement"], found["probe_accuracy"] = probe.accuracy(generated, asked), probe.accuracy(held_out, held_out_labels)
+        found["probe_rows"] = probe.rows
     return found
 
 
-def per_class(reference: np.ndarray, labels: np.ndarray, generated: np.ndarray, asked: np.ndarray) -> dict[str, float] | None:
-    """Fréchet distance of each class that has more images than the features are wide on both sides; None without any."""
+def class_statistics(reference: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> dict[int, Statistics]:
+    """Statistics of each class that a distance by class can be taken to, as `measurable` has them."""
+    return {label: statistics_of(reference[labels == label]) for label in measurable(labels, asked, reference.shape[1])}
+
+
+def measurable(labels: np.ndarray, asked: np.ndarray, width: int) -> list[int]:
+    """The classes that have more images than the features are wide on both sides."""
+    enough = [set(found[counts > width].tolist()) for found, counts in (np.unique(side, return_counts=True) for side in (labels, asked))]
+    return sorted(enough[0] & enough[1])
+
+
+def per_class(classes: Mapping[int, Statistics], generated: np.ndarray, asked: np.ndarray) -> dict[str, float] | None:
+    """Fréchet distance to each class of which more images were generated than the features are wide; None without any."""
     distances = {}
-    for label in np.unique(asked).tolist():
-        real, made = labels == label, asked == label
-        if min(real.sum(), made.sum()) > reference.shape[1]:
-            distances[str(label)] = frechet_distance(statistics_of(generated[made]), statistics_of(reference[real]))
+    for label, real in classes.items():
+        made = asked == label
+        if made.sum() > generated.shape[1]:
+            distances[str(label)] = frechet_distance(statistics_of(generated[made]), real)
     return distances or None
+
+
+def _of_copying(found: dict[str, Any] | None, whole: Whole | None) -> list[str]:
+    """What must be known to read the copying measure."""
+    said = []
+    if found and whole and found["training"] < whole.count:
+        said.append(f"copies are sought among {found['training']:,} of the {whole.count:,} training images, drawn once")
+    if found and found["real_duplicates"] and not found["real"]:
+        said.append("every held-out real image is a training image as well: how near new ones come to those is not known")
+    return said
 
 
 def too_few(counts: dict[str, Any], floor: str = "") -> str | None:
@@ -147,23 +215,29 @@ def _fewest(counts: dict[str, Any]) -> int:
 
 
 def _real(
-    held_out: np.ndarray | None, probabilities: np.ndarray | None, count: int | None, resamples: int
+    held_out: np.ndarray | None, probabilities: np.ndarray | None, count: int, resamples: int
 ) -> tuple[np.ndarray | None, np.ndarray | None, int]:
-    """Held-out images, `count` of them or all."""
+    """`count` held-out images."""
     if held_out is None:
         return None, None, resamples
-    rows = _rows(len(held_out), len(held_out) if count is None else count)
+    rows = drawn(len(held_out), count)
     return held_out[rows], None if probabilities is None else probabilities[rows], resamples
 
 
-def _reference_count(reference: np.ndarray | None, statistics: Statistics | None) -> int | None:
+def _reference_count(reference: np.ndarray | None, whole: Whole | None, statistics: Statistics | None) -> int | None:
     """Images behind the Fréchet distances; None where published statistics do not say."""
     if statistics is not None:
         return statistics.count
+    if whole:
+        return whole.count
     return 0 if reference is None else len(reference)
 
 
-def _frechet(features: np.ndarray | None, against: Statistics | None, resamples: int, seed: int) -> dict[str, Any]:
+def _frechet(
+    features: np.ndarray | None, against: Statistics | None, resamples: int, seed: int, whole: Whole | None = None
+) -> dict[str, Any]:
+    if whole and against is not None:
+        return {"frechet": frechet_distance(whole.statistics, against), "frechet_interval": None}
     if features is None or against is None or len(features) < 2:
         return {"frechet": None, "frechet_interval": None}
     distance = frechet_distance(statistics_of(features), against)
@@ -173,7 +247,7 @@ def _frechet(features: np.ndarray | None, against: Statistics | None, resamples:
 
 def _kernel(reference: np.ndarray | None, features: np.ndarray | None, subsets: int, size: int, seed: int) -> dict[str, Any]:
     pair = None if reference is None or features is None else kid(reference, features, subsets, size, seed)
-    return dict(zip(("kid", "kid_error"), pair or (None, None), strict=True))
+    return {**dict(zip(("kid", "kid_error"), pair or (None, None), strict=True)), "kid_count": 0 if reference is None else len(reference)}
 
 
 def _overlap(reference: np.ndarray | None, features: np.ndarray | None, neighbours: int) -> dict[str, Any]:
@@ -191,13 +265,4 @@ def _inception_score(probabilities: np.ndarray | None) -> dict[str, Any]:
 
 def _some(features: np.ndarray, count: int) -> np.ndarray:
     """`count` rows, always the same ones, in a shuffled order."""
-    return features[_order(len(features))[:count]]
-
-
-def _rows(total: int, count: int) -> np.ndarray | slice:
-    """Which `count` of so many rows to take, always the same; not the first, since rows often come class by class."""
-    return slice(None) if count >= total else np.sort(_order(total)[:count])
-
-
-def _order(total: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(0)).permutation(total)
+    return features[shuffled(len(features))[:count]]

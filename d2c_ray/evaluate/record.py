@@ -17,6 +17,7 @@ DIFFERENT = {
     "weights": "which weights were sampled",
     "ema_decay": "decay of the averaged weights",
     "vae_decoder": "VAE decoder",
+    "vae_precision": "precision of the VAE decoder",
     "class_draw": "how classes were drawn",
     "sample_precision": "precision of sampling",
     "image_size": "size of the images",
@@ -35,6 +36,11 @@ DIFFERENT = {
 # that the numbers of two seeds show the measure's noise; images shown and seeds trained are what students are compared by; the
 # bootstrap widens or narrows an interval and moves no number. Which real images a seed of the measuring holds out is in
 # `reference_images`.
+
+# Of these, how the images were sampled. Images from elsewhere do not say it.
+_OF_SAMPLING = (
+    "sampler", "steps", "guidance", "weights", "ema_decay", "vae_decoder", "vae_precision", "class_draw", "sample_precision",
+)  # fmt: skip
 
 # What older records say it under: here a hash of features, which agrees with others of its kind alone.
 FORMERLY = {"reference_images": "reference_features"}
@@ -73,6 +79,28 @@ def differences(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[An
         values = [of(record, key) for record in records]
         if any(value != values[0] for value in values[1:]):
             found.append((key, values))
+    return found
+
+
+def unknown(record: Mapping[str, Any]) -> list[str]:
+    """The keys of `DIFFERENT` of which a record says nothing, so that two that agree in them need not be alike.
+
+    Where nothing is known of the sampling its keys are all among them, but for what acts with guidance alone. Else a value of
+    None is one: pixels have no VAE, a reference of images no statistics.
+    """
+    silent = record.get("sampler") is None
+    found = []
+    for key in DIFFERENT:
+        if of(record, key) is not None or key in DEFAULTS:
+            continue
+        if key == "vae_precision":
+            missing = silent or record.get("vae_decoder") is not None
+        elif key in _OF_SAMPLING:
+            missing = silent or key not in record
+        else:
+            missing = key not in record
+        if missing:
+            found.append(key)
     return found
 
 

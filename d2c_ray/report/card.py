@@ -340,11 +340,12 @@ def _record(record: dict[str, Any]) -> str:
     """An evaluation record in words."""
     known = {
         "sampler": "{} sampler", "steps": "{} steps", "guidance": "guidance {}", "guidance_interval": "in the interval {}", "guidance_channels": "of {} channels", "weights": "{} weights",
-        "ema_decay": "EMA decay {}", "vae_decoder": "VAE decoder {}", "class_draw": "{} class draw", "sample_seed": "sampling seed {}",
+        "ema_decay": "EMA decay {}", "vae_decoder": "VAE decoder {}", "vae_precision": "in {}", "class_draw": "{} class draw", "sample_seed": "sampling seed {}",
         "sample_precision": "sampled in {}", "train_images": "trained on {} images shown", "network": "measured in {}", "network_weights": "(weights {})",
         "network_image_size": "at {} px", "image_size": "images of {} px", "generated": "{} generated images", "reference": "{} real ones in the reference",
         "reference_images": "(images {})", "reference_statistics": "(distances to the statistics {})", "neighbours": "precision and recall with {} neighbours",
-        "kid_subsets": "KID over {} subsets", "kid_subset_size": "of {} images", "bootstrap": "{} resamplings behind intervals", "seeds": "{} training seed(s)",
+        "kid_subsets": "KID over {} subsets", "kid_subset_size": "of {} images", "bootstrap": "{} resamplings behind intervals",
+        "probe_rows": "a label probe fitted on {} real images", "reference_rows": "KID from {} real ones", "copying_orientations": "copies sought in {} orientation(s)", "seeds": "{} training seed(s)",
     }  # fmt: skip
     words = [
         known[name].format(text(f"{record[name]:,}" if type(record[name]) is int else record[name]))

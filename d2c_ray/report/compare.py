@@ -396,7 +396,7 @@ def _merged(students: list[Student]) -> Student:
 
 
 def _mean_metrics(every: list[dict[str, Any]]) -> dict[str, Any]:
-    merged = {key: value for key, value in every[0].items() if key not in ("more", "unguided", "copying", "per_class")}
+    merged = {key: value for key, value in every[0].items() if key not in ("more", "unguided", "copying", "per_class", "at_equal_counts")}
     for part in ("generated", "real", "subset"):
         if all(own.get(part) for own in every):
             merged[part] = _mean_values([own[part] for own in every])
@@ -500,6 +500,9 @@ def _notes(students: list[Student]) -> list[str]:
         for note in numbers.caveats(student.metrics):
             caveats.setdefault(note, []).append(student.name)
     said += [note if len(who) == len(students) else f"{', '.join(who)}: {note}" for note, who in caveats.items()]
+    unknown = [set(records.unknown(student.metrics["record"])) for student in students]
+    if alike := [records.DIFFERENT[key] for key in records.DIFFERENT if all(key in keys for keys in unknown)]:
+        said.append(f"not known, and so perhaps not alike: {', '.join(alike)}.")
     if len(students) > 1 and not any(student.members for student in students):
         said.append("one seed each: a difference can be chance.")
     return said

@@ -16,7 +16,7 @@ from d2c_ray.report import compare, contact_sheet, gather, numbers, plots
 from d2c_ray.rundir import versions, write_text
 from d2c_ray.tracking import PREVIEWS
 
-VERSION = 6  # raise it when the page changes
+VERSION = 7  # raise it when the page changes
 MOST_CLASSES = 1000  # of a selection's table that the page shows
 SHOWN_PREVIEWS = 4  # of a training
 SHOWN_PAIRS = 16  # of a student, generated and nearest training image
@@ -185,12 +185,14 @@ def measured(arms: list[gather.Arm]) -> list[dict[str, Any]]:
     for network in (arms[0].metrics["record"]["network"], *(arms[0].metrics.get("more") or {})):
         rows = result_rows(arms, network)
         keys = numbers.columns(rows)
+        counts = {row.count for row in rows if row.kind != "floor"}
         found.append(
             {
                 "network": network,
                 "headings": [numbers.COLUMNS[key] for key in keys],
                 "rows": [{"row": row, "cells": [numbers.value_and_error(row.values, key) for key in keys]} for row in rows],
                 "interval": any(row.values.get("frechet_interval") for row in rows),
+                "equal": len(counts) == 1,  # as many real as generated images
             }
         )
     return found
@@ -243,12 +245,18 @@ def copying(plan: Plan, arms: list[gather.Arm]) -> dict[str, Any] | None:
     for own, pairs in zip(every, closest, strict=True):
         made = gather.samples_at(plan, own["node"], {pair["index"] for pair in pairs})
         shown = [
-            {**pair, "picture": contact_sheet.strip([made[pair["index"]], nearest[pair["sample_id"]]])}
+            {**pair, "picture": contact_sheet.strip([made[pair["index"]], _turned(nearest[pair["sample_id"]], pair)])}
             for pair in pairs
             if pair["index"] in made and pair["sample_id"] in nearest
         ]
         samplings.append({**own, "pairs": shown, "kept": bool(made) or not pairs, "lines": numbers.copying(own["metrics"]["copying"])})
-    return {"samplings": samplings, "labels": [label for label, _ in samplings[0]["lines"]]}
+    mirrored = any(own["metrics"]["copying"].get("orientations") == 2 for own in samplings)
+    return {"samplings": samplings, "labels": [label for label, _ in samplings[0]["lines"]], "mirrored": mirrored}
+
+
+def _turned(image: np.ndarray, pair: dict[str, Any]) -> np.ndarray:
+    """A training image (H x W x C) in the orientation in which a generated one is near it."""
+    return image[:, ::-1] if pair.get("mirrored") else image
 
 
 def equal_rows(arms: list[gather.Arm]) -> list[dict[str, Any]]:

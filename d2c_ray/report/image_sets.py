@@ -13,6 +13,7 @@ from d2c_ray.config import INCEPTION, EvaluateConfig
 from d2c_ray.data import image_sets, reference_stats
 from d2c_ray.errors import UserError
 from d2c_ray.evaluate.frechet import Statistics
+from d2c_ray.evaluate.frechet import statistics as statistics_of
 from d2c_ray.evaluate.measures import measure
 from d2c_ray.evaluate.record import images_hash
 from d2c_ray.models import networks
@@ -43,6 +44,7 @@ class Embedded:
     sizes: dict[str, int]
     rejected: list[tuple[str, str]]
     hashes: list[str] = field(default_factory=list)  # of every image's pixels
+    mirrored: dict[str, np.ndarray] = field(default_factory=dict)  # features of the mirror images, where they were asked for
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -52,17 +54,19 @@ class Embedded:
 
 
 def evaluate(
-    images: str, reference: str, options: EvaluateConfig, *, train: str = "", held_out: str = "", size: int = 0,
-    max_pixels: int = 0, device: torch.device | None = None,
+    images: str, reference: str, options: EvaluateConfig, *, train: str = "", held_out: str = "", mirror: bool = True,
+    size: int = 0, max_pixels: int = 0, save_statistics: str = "", device: torch.device | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures one set of images against another.
 
     Args:
         images, reference: as `image_sets.find` reads them; the reference may also be an .npz of statistics.
         train: the images that a model was trained on, for its floor and for copying.
+        mirror: look for copies of their mirror images too, which a model that was trained with flips has seen.
         held_out: real images that are not in the reference, measured beside; a number: so many taken out of the reference.
         size: pixels a side of ADM's centre crop of every image; 0: as they are.
         max_pixels: of an image; larger ones are left out, and said to be. 0: `image_sets.MAX_PIXELS`.
+        save_statistics: file for the reference's mean and covariance in the main network; empty: none.
 
     Returns:
         As metrics.json: `measure` in the main network, `more` in the others, `record`; `sets` says what was read.
@@ -79,6 +83,8 @@ def evaluate(
         taken = _to_take(int(held_out), sets)
     elif held_out:
         sets["held_out"] = image_sets.find(held_out)
+    if save_statistics and "reference" not in sets:
+        raise UserError(f"--save-statistics: the reference is statistics alone, which are in {reference} already; images would do.")
     if train:
         sets["train"] = image_sets.find(train)
     for role, found in sets.items():
@@ -90,11 +96,16 @@ def evaluate(
     loaded = {name: networks.load(name, options, device) for name in facts}
     with Progress("embed", sum(found.count for found in sets.values()), "images") as progress:
         read = {
-            role: _embed(role, found, loaded, options.device_batch, size, max_pixels or image_sets.MAX_PIXELS, progress)
+            role: _embed(
+                role, found, loaded, options.device_batch, size, max_pixels or image_sets.MAX_PIXELS, progress, mirror and role == "train"
+            )
             for role, found in sets.items()
         }
     if taken:
         read["reference"], read["held_out"] = _split(read["reference"], taken, options.seed)
+    if save_statistics:
+        path = Path(save_statistics).expanduser()
+        reference_stats.write(path, statistics_of(read["reference"].features[options.network]))
     labelled, names, said = _unify(read)
     measured = {name: _measure(name, read, labelled, names, given if name == options.network else None, options) for name in facts}
     main = measured.pop(options.network)
@@ -146,6 +157,8 @@ def notes(found: dict[str, Any]) -> list[str]:
     said += numbers.caveats(found)
     if "held_out" not in found["sets"]:
         said.append("what real images score that are not in the reference is not known: --held-out, a set of such, would show it.")
+    if (found.get("copying") or {}).get("orientations") == 2:
+        said.append("copies are sought in both orientations, as training with flips shows them; --no-mirror, where it had none.")
     if not found["counts"]["subset"]:
         said.append("whether the images copy is not known: --train, the images that the model saw, would show it.")
     return said
@@ -181,10 +194,20 @@ def _statistics(reference: str, network: str, width: int) -> Statistics | None:
 
 
 def _embed(
-    role: str, found: image_sets.ImageSet, loaded: dict[str, networks.Network], batch: int, size: int, max_pixels: int, progress: Progress
+    role: str,
+    found: image_sets.ImageSet,
+    loaded: dict[str, networks.Network],
+    batch: int,
+    size: int,
+    max_pixels: int,
+    progress: Progress,
+    mirror: bool = False,
 ) -> Embedded:
+    """Reads a set and has every network see its images, and their mirror images where it is to `mirror` them."""
     read = image_sets.Read()
     features: dict[str, list[np.ndarray]] = {name: [] for name in loaded}
+    turned: dict[str, list[np.ndarray]] = {name: [] for name in loaded if mirror}
+    waiting_turned: dict[str, list[torch.Tensor]] = {name: [] for name in turned}
     probabilities: dict[str, list[np.ndarray]] = {name: [] for name in loaded}
     waiting: dict[str, list[torch.Tensor]] = {name: [] for name in loaded}
     hashes: list[str] = []
@@ -196,6 +219,9 @@ def _embed(
             if odds is not None:
                 probabilities[name].append(odds)
             waiting[name].clear()
+        for name, images in waiting_turned.items():
+            turned[name].append(loaded[name].both_of(images)[0])
+            images.clear()
 
     seen = 0
     for pixels in image_sets.decoded(found, size, max_pixels, read):
@@ -203,6 +229,8 @@ def _embed(
         # As large as each network sees it, whatever size it had: every forward is full, and no large image waits for others.
         for name, network in loaded.items():
             waiting[name].append(network.prepare(pixels))
+            if mirror:
+                waiting_turned[name].append(network.prepare(pixels[:, ::-1].copy()))
         if len(read.names) % batch == 0:
             forward()
             progress.advance(len(read.names) + len(read.rejected) - seen)
@@ -220,6 +248,7 @@ def _embed(
         role, str(found.path), found.kind, read.names, np.asarray(read.labels, np.int64), found.class_names,
         {name: np.concatenate(parts) for name, parts in features.items()},
         {name: np.concatenate(parts) if parts else None for name, parts in probabilities.items()}, read.sizes, read.rejected, hashes,
+        {name: np.concatenate(parts) for name, parts in turned.items()},
     )  # fmt: skip
 
 
@@ -295,7 +324,7 @@ def _measure(
 
     found = measure(
         reference=features("reference"), reference_labels=labels("reference"), held_out=features("held_out"), held_out_labels=labels("held_out"),
-        generated=read["images"].features[name], asked=labels("images"), subset=features("train"), neighbours=options.neighbours, statistics=given,
+        generated=read["images"].features[name], asked=labels("images"), subset=features("train"), mirrored=read["train"].mirrored.get(name) if "train" in read else None, neighbours=options.neighbours, statistics=given,
         probabilities=read["images"].probabilities[name], held_out_probabilities=read["held_out"].probabilities[name] if "held_out" in read else None,
         kid_subsets=options.kid_subsets, kid_subset_size=options.kid_subset_size, bootstrap=options.bootstrap, pairs=options.pairs, seed=options.seed,
         probe=labelled and "held_out" in read,
@@ -322,4 +351,5 @@ def _record(
         "reference_images": images_hash(real) if real is not None else None,
         "reference_statistics": reference_stats.content_hash(given) if given is not None else None,
         "neighbours": options.neighbours, "kid_subsets": options.kid_subsets, "kid_subset_size": options.kid_subset_size, "bootstrap": options.bootstrap, "evaluate_seed": options.seed,
+        "copying_orientations": (found["copying"] or {}).get("orientations"),
     }  # fmt: skip

@@ -125,15 +125,23 @@ def copying(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("nearer to one than real images are", _share(found.get("share_closer"))),
         ("expected of real images", _share(found.get("share_closer_expected"))),
     ]
-    twins = found.get("real_duplicates")
-    return [*said, ("held-out real images left out: they are training images", f"{twins:,.0f}")] if twins is not None else said
+    twins, training = found.get("real_duplicates"), found.get("training")
+    if twins is not None:
+        said.append(("held-out real images left out: they are training images", f"{twins:,.0f}"))
+    if training is not None:
+        both = " in both orientations" if found.get("orientations") == 2 else ""
+        said.append(("training images looked among", f"{training:,.0f}{both}"))
+    return said
 
 
 def copying_lines(found: dict[str, Any]) -> list[str]:
     """The same as text, with the most suspicious pairs where they have names."""
     said = ["copying", *(f"  {label}: {value}" for label, value in copying(found))]
     pairs = [pair for pair in found.get("pairs", []) if "nearest" in pair]
-    return said + [f"  {pair['image']} is {pair['distance']:.4g} from {pair['nearest']}" for pair in pairs[:5]]
+    return said + [
+        f"  {pair['image']} is {pair['distance']:.4g} from {pair['nearest']}{', mirrored' if pair.get('mirrored') else ''}"
+        for pair in pairs[:5]
+    ]
 
 
 def per_class(found: dict[str, float], most: int = SHOWN_CLASSES) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from d2c_ray.data import manifest, measured, reference_stats, tables
 from d2c_ray.distributed import cluster, embed
@@ -9,6 +10,7 @@ from d2c_ray.evaluate import frechet, record
 from d2c_ray.job import Job, Result
 from d2c_ray.models import networks
 from d2c_ray.rejects import Rejects
+from d2c_ray.rundir import StageDir
 from d2c_ray.seeding import derive
 
 
@@ -18,23 +20,26 @@ def run(job: Job) -> Result:
     held_out = min(config.sample.num_images, data["rows"] // 2)
     most = config.evaluate.max_reference or data["rows"]
     chosen = np.sort(order[: held_out + most])
-    table = pa.concat_tables([tables.read(path) for path in job.inputs["manifest"].parts()]).take(pa.array(chosen))
-    tables.write(job.out / "rows.parquet", table, {}, embed.ROWS_PER_UNIT)
+    manifest_rows = [tables.read(path) for path in job.inputs["manifest"].parts()]
+    table = pa.concat_tables([rows.filter(pc.is_in(rows.column("sample_id"), pa.array(chosen))) for rows in manifest_rows])
+    tables.write(job.out / "rows.parquet", table, {}, embed.ROWS_PER_GROUP)
     rejects = Rejects("reference", len(table), config.data.max_rejected)
-    features = job.out / "features.parquet"
     with job.progress(len(table)) as progress:
-        embed.embed_rows(config, job.out / "rows.parquet", features, cluster.share(config.resources, job.places), rejects, progress)
+        work = embed.of_rows(job.out / "rows.parquet", job.out / measured.FEATURES)
+        embed.embed_images(config, work, cluster.share(config.resources, job.places), rejects, progress)
     rejects.write(job.out)
+    parts = StageDir(job.out / measured.FEATURES).parts()
     # What evaluate.reference of another run, and clean-fid, can take distances to.
     found = {}
     for index, own in enumerate(networks.every(config.evaluate).values()):
-        ids, _, values, _ = measured.read(features, own["network"])
-        kept = values[~np.isin(ids, order[:held_out])]
+        moments = frechet.Moments(own["width"])
+        for block in measured.blocks(parts, own["network"]):
+            moments.update(block.features[~np.isin(block.ids, order[:held_out])])
         file = f"statistics{f'-{index}' if index else ''}.npz"
-        if len(kept) > 1:
-            reference_stats.write(job.out / file, frechet.statistics(kept))
-        found[own["network"]] = {**own, "images": len(kept), "statistics": file if len(kept) > 1 else None}
-    done = tables.read(features, ["id"]).column("id").to_numpy()
+        if moments.count > 1:
+            reference_stats.write(job.out / file, moments.statistics())
+        found[own["network"]] = {**own, "images": moments.count, "statistics": file if moments.count > 1 else None}
+    done, _ = measured.listed(parts)
     measured_against = table.filter(pa.array(np.isin(chosen, done) & ~np.isin(chosen, order[:held_out])))
     facts = {
         "held_out_ids": sorted(int(i) for i in order[:held_out]), "reference": len(chosen) - held_out, "networks": found,
