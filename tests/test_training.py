@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partialmethod
@@ -254,6 +255,35 @@ def test_logs_say_what_they_are_of(tmp_path: Path) -> None:
     logs = Run(tmp_path, replace(CONFIG, num_images=64, warmup_images=128)).logs
     assert [log["lr"] for log in logs] == [CONFIG.lr / 4, CONFIG.lr / 2]
     assert all(log["workers"] == 1 and 0 <= log["data_wait_share"] <= 1 and log["images_per_sec"] > 0 for log in logs)
+
+
+def test_time_is_taken_when_the_device_has_done_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's device is 30 ms behind its host, which waits for it at logs and before and after previews alone."""
+    behind, queued, waits = 0.03, 0, 0
+    step = torch.optim.AdamW.step
+
+    def step_behind(*args: object, **kwargs: object) -> object:
+        nonlocal queued
+        queued += 1
+        return step(*args, **kwargs)  # type: ignore[arg-type]
+
+    def wait(device: torch.device) -> None:
+        nonlocal queued, waits
+        time.sleep(behind * queued)
+        queued, waits = 0, waits + 1
+
+    def preview(images: int, model: torch.nn.Module) -> None:
+        nonlocal queued
+        assert queued == 0, "what training had under way is training's time"
+        queued = 40  # and what the preview leaves is not
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_behind)
+    monkeypatch.setattr(loop, "_wait", wait)
+    config = replace(CONFIG, log_every=32 * 4, preview_every=32 * 7, checkpoint_every=10**9)
+    logs = Run(tmp_path, config, knobs={"preview": preview}).logs
+    seconds = [32 * 4 / log["images_per_sec"] for log in logs]
+    assert len(seconds) == 3 and all(4 * behind <= each < 4 * behind + 1 for each in seconds), seconds
+    assert waits == 3 + 2
 
 
 def test_batches_come_in_order_ahead_and_bounded() -> None:

@@ -192,9 +192,11 @@ def train(
                     _log(log, since, spec, config, step, ahead.waited_sec, lr)
                 checkpoint(step, save)
             if preview is not None and rank == 0 and config.preview_every and crosses(images, config.batch_size, config.preview_every):
+                _wait(device)
                 paused = time.perf_counter()
                 shown = shown or _shown(spec, averages[state.EMA], device)
                 preview(images, shown)
+                _wait(device)
                 since.time += time.perf_counter() - paused
     return model
 
@@ -225,6 +227,8 @@ class _Since:
 
 
 def _log(log: Log, since: _Since, spec: TransformerSpec, config: TrainConfig, step: int, waited_sec: float, lr: float) -> None:
+    # What the device has not done yet is of these steps: the next ones' time begins behind it.
+    _wait(since.device)
     seconds = time.perf_counter() - since.time
     # The seconds are those of rank 0, which alone makes previews and leaves their time out. What processes decide by these
     # numbers is the same everywhere, since the numbers are.
@@ -244,6 +248,12 @@ def _log(log: Log, since: _Since, spec: TransformerSpec, config: TrainConfig, st
         f"training diverged between images {images - shown} and {images}: loss {loss}, gradient norm {grad_norm}, "
         f"lr {config.lr}, precision {config.precision}. A lower train.lr, train.warmup_images or train.precision=fp32 would do."
     )
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has taken the steps it was given. Batches that are made ahead, on a stream of their own, are none."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _finite(values: list[float]) -> bool:
