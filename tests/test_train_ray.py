@@ -11,18 +11,23 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
 import pytest
 import ray
+import safetensors.torch
 import torch
 from conftest import ROOT
-from faulty_s3 import ACCESS_KEY, SECRET_KEY, S3Server
+from faulty_s3 import ACCESS_KEY, SECRET_KEY, FaultyProxy, S3Server
 from pyarrow import fs
+from ray.train.v2._internal.execution.context import TrainContext
 from ray.train.v2.api.preemption import PreemptionInfo
 from test_cache import write
 
@@ -312,18 +317,27 @@ def test_a_growing_file_is_read_once(tmp_path: Path) -> None:
 
 
 class Reports:
-    """Stands for Ray's report: each upload in a thread of its own, as there."""
+    """Stands for Ray's report: each upload in a thread of its own, by Ray's own method, which tries again what it takes for passing."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.threads: list[threading.Thread] = []
         self.reported: list[checkpoints.Checkpoint] = []
+        self.failed: list[Exception] = []
         storage = SimpleNamespace(storage_filesystem=fs.LocalFileSystem())
         monkeypatch.setattr(ray.train, "report", self._report)
         monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_storage=lambda: storage))
 
     def _report(self, metrics: dict, checkpoint: object, checkpoint_upload_fn: Callable, **_: object) -> None:
-        def upload() -> None:
-            self.reported.append(checkpoint_upload_fn(checkpoint, f"checkpoint_{metrics['step']}"))
+        context: Any = SimpleNamespace(execution_context=SimpleNamespace(train_context_callbacks=[]))
+
+        def upload(checkpoint_upload_fn: Callable = checkpoint_upload_fn) -> None:
+            try:
+                report = TrainContext._upload_checkpoint(
+                    context, f"checkpoint_{metrics['step']}", metrics, checkpoint, checkpoint_upload_fn=checkpoint_upload_fn
+                )
+                self.reported.append(report.checkpoint)
+            except Exception as error:
+                self.failed.append(error)
 
         self.threads.append(threading.Thread(target=upload))
         self.threads[-1].start()
@@ -392,6 +406,77 @@ def test_what_is_kept_on_s3_is_written_and_not_copied(monkeypatch: pytest.Monkey
     for name in (state.STATE, state.META):
         one, other = (place.filesystem.open_input_file(f"{place.path}/{folder}/{name}").read() for folder in written)
         assert one == other and one
+
+
+def whole_states(path: str) -> bool:
+    return urlsplit(path).path.endswith(state.STATE)
+
+
+def test_an_upload_that_s3_refuses_for_a_while_is_tried_again(monkeypatch: pytest.MonkeyPatch, server: S3Server) -> None:
+    """Of the same state, though training is further meanwhile; and the next one waits for it."""
+    server.put("states", "made", b"")
+    monkeypatch.setattr(checkpoints, "PAUSE_SEC", 0.1)
+    reports, weight = Reports(monkeypatch), torch.nn.Linear(2, 2)
+    before = weight.weight.detach().clone()
+    with FaultyProxy(server.endpoint, lambda number, *_: "503" if number < 2 else "ok", whole_states, methods=("PUT",)) as proxy:
+        place = checkpoints.place("s3://states/again/stage", StorageConfig(endpoint=proxy.endpoint, attempts=1))
+        uploads = checkpoints.Uploads(place, 0, 0, BATCH)
+        uploads(1, saver(weight, 1))
+        with torch.no_grad():
+            weight.weight.add_(1.0)
+        uploads(2, saver(weight, 2))
+        reports.join()
+    assert reports.failed == [] and proxy.counts["503"] == 2 and len(reports.reported) == 2
+    for step, value in ((1, before), (2, before + 1)):
+        with place.filesystem.open_input_file(f"{place.path}/checkpoints/checkpoint_{step}/{state.STATE}") as file:
+            assert torch.equal(safetensors.torch.load(file.read())["model.weight"], value)
+
+
+def test_an_upload_that_fails_for_good_says_why_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, server: S3Server) -> None:
+    """Ray calls again what S3 refuses in this way: the state is gone by then, its error is not, and the next state has its turn."""
+    server.put("states", "made", b"")
+    monkeypatch.setattr(checkpoints, "PAUSE_SEC", 0.1)
+    reports, weight, taken = Reports(monkeypatch), torch.nn.Linear(2, 2), []
+
+    def snapshot() -> state.Snapshot:
+        assert not any(ref() for ref in taken), "one state in memory at most"
+        made = state.snapshot(weight, {}, torch.optim.AdamW(weight.parameters()), 1, {})
+        taken.append(weakref.ref(made))
+        return made
+
+    with FaultyProxy(server.endpoint, ["503"], whole_states, methods=("PUT",)) as proxy:
+        place = checkpoints.place("s3://states/never/stage", StorageConfig(endpoint=proxy.endpoint, attempts=1))
+        uploads = checkpoints.Uploads(place, 0, 0, BATCH)
+        uploads(1, state.Saver(snapshot))
+        uploads(2, state.Saver(snapshot))
+        reports.join()
+        assert proxy.counts["503"] == 2 * checkpoints.TRIES and reports.reported == []
+        assert len(reports.failed) == 2 and all("AWS Error SLOW_DOWN" in str(error) for error in reports.failed)
+        proxy.reset()
+        uploads(3, state.Saver(snapshot))
+        reports.join()
+    assert len(reports.reported) == 1
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_report_that_comes_to_nothing_holds_up_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raises: bool) -> None:
+    """Ray skips a report where the workers' barrier was reset, and drops the function without a call."""
+
+    def report(*args: object, **kwargs: object) -> None:
+        if raises:
+            raise RuntimeError("a worker is gone")
+
+    reports, weight = Reports(monkeypatch), torch.nn.Linear(2, 2)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError) if raises else nullcontext():
+        patch.setattr(ray.train, "report", report)
+        uploads = checkpoints.Uploads(checkpoints.place(str(tmp_path), StorageConfig()), 0, 0, BATCH)
+        uploads(1, saver(weight, 1))
+    second = threading.Thread(target=uploads, args=(2, saver(weight, 2)), daemon=True)
+    second.start()
+    second.join(30)
+    assert not second.is_alive(), "it waits for nothing"
+    reports.join()
+    assert [Path(found.path).name for found in reports.reported] == ["checkpoint_2"]
 
 
 def saver(weight: torch.nn.Linear, step: int) -> state.Saver:
