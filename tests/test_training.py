@@ -4,10 +4,12 @@ import json
 import math
 import threading
 import time
+import weakref
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -375,15 +377,30 @@ def test_shares_are_whole_blocks_that_cover_the_batch() -> None:
     assert [batches.share(128, rank, 2) for rank in range(2)] == [(0, 64), (64, 128)]
 
 
-def _process(rank: int, folder: str, config: TrainConfig, world_size: int) -> None:
+class Wrapped(torch.nn.parallel.DistributedDataParallel):
+    """The real one, which holds what each step would wait for or carry along."""
+
+    made: ClassVar[list[weakref.ref]] = []
+
+    def __init__(self, *args: object, **kwargs: object):
+        assert not kwargs.get("find_unused_parameters"), "the host would wait to hear what every process used"
+        assert not any(ref() for ref in self.made), "an earlier one's buckets and hooks"
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.made.append(weakref.ref(self))
+
+
+def _process(rank: int, folder: str, config: TrainConfig, world_size: int, resumes: tuple[Path | None, ...] = (None,)) -> None:
     torch.set_num_threads(1)
+    torch.nn.parallel.DistributedDataParallel = Wrapped  # type: ignore[misc]
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    logs: list[dict] = []
-    loop.train(
-        spec(), config, dataset(), device=CPU, rank=rank, world_size=world_size, micro_batch=20, log=logs.append,
-        checkpoint=lambda step, save: None,
-    )  # fmt: skip
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(logs))
+    for number, resume in enumerate(resumes):
+        logs: list[dict] = []
+        model = loop.train(
+            spec(), config, dataset(), device=CPU, rank=rank, world_size=world_size, micro_batch=20, log=logs.append,
+            checkpoint=lambda step, save: None, resume=resume,
+        )  # fmt: skip
+        (Path(folder) / f"{number}-{rank}.json").write_text(json.dumps(logs))
+        torch.save(model.state_dict(), Path(folder) / f"{number}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -393,12 +410,43 @@ def test_processes_train_the_same_run_whatever_their_shares(tmp_path: Path) -> N
     config = replace(CONFIG, num_images=batch * 12, batch_size=batch, log_every=batch, checkpoint_every=10**9)
     one = Run(tmp_path / "one", config).logs
     torch.multiprocessing.spawn(_process, (str(tmp_path), config, world_size), nprocs=world_size)
-    several = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world_size)]
+    several = [json.loads((tmp_path / f"0-{rank}.json").read_text()) for rank in range(world_size)]
     for logs in several:
         assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in one], rel=1e-5)
         assert [log["loss_align"] for log in logs] == pytest.approx([log["loss_align"] for log in one], rel=1e-4)
         assert [log["grad_norm"] for log in logs] == pytest.approx([log["grad_norm"] for log in one], rel=1e-4)
         assert [log["images_per_sec"] for log in logs] == [log["images_per_sec"] for log in several[0]], "by which they decide alike"
+
+
+def test_alignment_ends_for_several_processes_as_for_one(tmp_path: Path) -> None:
+    """In the middle of a run and before a resumed one begins. The head stays what it was, without decay and moments."""
+    batch = 64
+    config = replace(
+        CONFIG,
+        num_images=batch * 10,
+        batch_size=batch,
+        log_every=batch,
+        checkpoint_every=batch * 4,
+        align_until=batch * 6,
+        weight_decay=0.1,
+    )
+    one = Run(tmp_path / "one", config)
+    aligned, ended = (state.weights(one.states[step], "model") for step in (4, 8))
+    last = one.model.state_dict()
+    assert [log["loss_align"] != 0 for log in one.logs] == [True] * 6 + [False] * 4
+    for name, value in last.items():
+        assert torch.equal(value, ended[name]) == name.startswith("align_head"), name
+        assert not torch.equal(value, aligned[name]), name
+    torch.multiprocessing.spawn(_process, (str(tmp_path), config, 2, (None, one.states[4], one.states[8])), nprocs=2)
+    for number, begin in enumerate((0, 4, 8)):
+        for rank in range(2):
+            logs = json.loads((tmp_path / f"{number}-{rank}.json").read_text())
+            for name in ("loss", "loss_align", "grad_norm"):
+                assert [log[name] for log in logs] == pytest.approx([log[name] for log in one.logs[begin:]], rel=1e-5), name
+            found = torch.load(tmp_path / f"{number}-{rank}.pt")
+            # A bias of the keys changes no attention: its gradient is rounding, of which AdamW makes steps.
+            apart = {name: float((value - found[name]).abs().max()) for name, value in last.items() if "qkv.bias" not in name}
+            assert max(apart.values()) < 1e-6, apart
 
 
 def test_a_batch_of_fewer_blocks_than_workers_is_refused() -> None:

@@ -97,15 +97,6 @@ def train(
     if config.compile:
         for block in model.blocks:
             block.compile()  # one graph for all blocks; DDP still sees each block's gradients as they come
-    run_model: torch.nn.Module = model
-    if world_size > 1:
-        run_model = torch.nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,  # one copy of the gradients less
-            find_unused_parameters=data.aligned and bool(config.align_until),
-            **_NO_SYNC,
-        )
     text = data.text_states.to(device) if data.text_states is not None else None
     text_mask = data.text_mask.to(device) if data.text_mask is not None else None
     objective = diffusion.objective(spec.kind, spec.path)
@@ -121,6 +112,19 @@ def train(
 
     def facts() -> dict[str, Any]:
         return {"images": images_at(step), "spec": spec.to_dict()}
+
+    def wrapped(align_now: bool) -> torch.nn.Module:
+        """The model as steps run it. The alignment head takes part in all of them, or is frozen: no process asks which parameters were used."""
+        if model.align_head is not None:
+            model.align_head.requires_grad_(align_now)
+        if world_size == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # one copy of the gradients less
+            **_NO_SYNC,
+        )
 
     save = state.Saver(lambda: state.snapshot(model, averages, optimizer, step, facts()))
     gatherer = batches.Gatherer(device)
@@ -154,12 +158,16 @@ def train(
 
     if num_steps == 0 and resume is None:
         checkpoint(0, save)
+    run_model, wrapped_aligned = wrapped(aligns(step)), aligns(step)
     since = _Since(device, rank, world_size, step)
     with _precision(config.precision), Prefetch(make, range(step, num_steps), device) as ahead:
         while step < num_steps:
             images, align_now = images_at(step), aligns(step)
             batch = ahead.take()
             optimizer.zero_grad(set_to_none=True)
+            if align_now != wrapped_aligned:
+                run_model = model  # its wrapper goes before there is another, with its buckets and hooks
+                run_model, wrapped_aligned = wrapped(align_now), align_now
             count = stop - first
             chunks = range(0, count, micro_batch or count)
             losses = torch.zeros(2, device=device)
