@@ -24,14 +24,17 @@ import pytest
 import ray
 import safetensors.torch
 import torch
+import torch.multiprocessing
 from conftest import ROOT
 from faulty_s3 import ACCESS_KEY, SECRET_KEY, FaultyProxy, S3Server
 from pyarrow import fs
+from ray.train import TrainingFailedError
 from ray.train.v2._internal.execution.context import TrainContext
 from ray.train.v2.api.preemption import PreemptionInfo
 from test_cache import write
 
 from d2c_ray.config import Config, ResourcesConfig, StorageConfig, TrainConfig
+from d2c_ray.data import condensed
 from d2c_ray.distributed import checkpoints, trainer
 from d2c_ray.errors import UserError
 from d2c_ray.models.transformer import TransformerSpec
@@ -70,8 +73,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fit(data: Path, out: Path, train: TrainConfig = TRAIN, workers: int = 1, storage: StorageConfig | None = None, **resources: object):
     out.mkdir(parents=True, exist_ok=True)
     config = Config(
-        storage=storage or StorageConfig(), resources=ResourcesConfig(cache_dir=str(data.parent / "cache"), keep_cache=True, **resources)
-    )  # type: ignore[arg-type]
+        storage=storage or StorageConfig(),
+        resources=ResourcesConfig(**{"cache_dir": str(data.parent / "cache"), "keep_cache": True, **resources}),  # type: ignore[arg-type]
+    )
     return trainer.fit(config, SPEC.to_dict(), train, data, trainer.condensed_facts(data), out, workers)
 
 
@@ -104,23 +108,41 @@ def saved(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoints/checkpoint_*/state.json"))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole training in this process: what every disturbed one must equal."""
-    from d2c_ray.data import condensed
+def _undisturbed(rank: int, world_size: int, data: Path, out: Path) -> None:
+    """A whole training without Ray, as process `rank` of so many: what every disturbed one must equal."""
     from d2c_ray.training import loop
 
-    out = tmp_path_factory.mktemp("undisturbed")
-    opened = condensed.open(data, data.parent / "cache").training_set()
+    torch.set_num_threads(1)
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world_size)
+    opened = replace(condensed.open(data, data.parent / "cache").training_set(), text_states=None, text_mask=None)
 
     def log(values: dict) -> None:
-        with (out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        if rank == 0:
+            with (out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(values) + "\n")
 
     def checkpoint(step: int, save: state.Saver) -> None:
-        save(out)
+        if rank == 0:
+            save(out)
 
-    loop.train(SPEC, TRAIN, replace(opened, text_states=None, text_mask=None), device=torch.device("cpu"), log=log, checkpoint=checkpoint)
+    loop.train(SPEC, TRAIN, opened, device=torch.device("cpu"), rank=rank, world_size=world_size, log=log, checkpoint=checkpoint)
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    _undisturbed(0, 1, data, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two processes: other bits than one's, since their gradients are added in another order."""
+    out = tmp_path_factory.mktemp("two-undisturbed")
+    torch.multiprocessing.spawn(_undisturbed, (2, data, out), nprocs=2)
     return out
 
 
@@ -130,28 +152,53 @@ def same_state(one: Path, other: Path) -> None:
         assert found and all(torch.equal(value, found[key]) for key, value in state.weights(one, which).items()), which
 
 
-def test_a_killed_worker_costs_no_bit(local_ray: None, data: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """And on the way: what is kept, what is dropped, and that nothing is left behind."""
-    killed = []
+def test_a_killed_worker_of_two_costs_no_bit(local_ray: None, data: Path, two_undisturbed: Path, tmp_path: Path) -> None:
+    """The other one fails in the middle of a step. And on the way: what is kept, what is dropped, and that nothing is left behind."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    killed: list[int] = []
+    copies: list[tuple[int, int]] = []
+
+    def copy() -> tuple[int, int]:
+        (labels,) = cache.glob("condensed-*/label.npy")
+        return labels.stat().st_ino, labels.stat().st_mtime_ns
 
     def kill() -> None:
-        once(lambda: len(losses_so_far(tmp_path)) > 60 and saved(tmp_path))
-        (worker,) = train_workers()
-        os.kill(worker.pid, signal.SIGKILL)
-        killed.append(len(losses_so_far(tmp_path)))
+        once(lambda: len(losses_so_far(out)) > 60 and saved(out))
+        # Rank 0 writes the metrics. The other one is killed, so that the first of the node fails and is still there.
+        before = {worker: worker.io_counters().write_chars for worker in train_workers()}
+        time.sleep(0.5)
+        written = {worker: worker.io_counters().write_chars - count for worker, count in before.items()}
+        assert len(written) == 2
+        copies.append(copy())
+        os.kill(min(written, key=lambda worker: written[worker]).pid, signal.SIGKILL)
+        killed.append(len(losses_so_far(out)))
+        once(lambda: len(losses_so_far(out)) < killed[0])
+        once(lambda: len(losses_so_far(out)) > killed[0])
+        copies.append(copy())
 
     thread = threading.Thread(target=kill)
     thread.start()
-    result = fit(data, tmp_path)
+    result = fit(data, out, workers=2, cache_dir=str(cache), keep_cache=False)
     thread.join()
     assert killed and killed[0] < 300, "it was killed on the way"
-    assert losses(tmp_path) == losses(undisturbed)
-    same_state(undisturbed, Path(result.path))
-    assert len(saved(tmp_path)) == TRAIN.keep_checkpoints
-    kept = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    assert losses(out) == losses(two_undisturbed)
+    same_state(two_undisturbed, Path(result.path))
+    assert len(saved(out)) == TRAIN.keep_checkpoints
+    kept = sorted(path.name for path in (out / "kept").iterdir())
     assert kept == ["images-000003840", "images-000007680"], "and no temporary name"
-    assert json.loads((tmp_path / "kept" / kept[0] / "state.json").read_text())["step"] == 120
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "kept", "metrics.jsonl"]
+    assert json.loads((out / "kept" / kept[0] / "state.json").read_text())["step"] == 120
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "kept", "metrics.jsonl"]
+    assert len(set(copies)) == 1 and len(copies) == 2, "the second attempt trained from the first one's copy"
+    assert not list(cache.glob("condensed-*/")), "which went when training had ended"
+
+
+def test_a_training_that_fails_for_good_leaves_no_copy(local_ray: None, data: Path, tmp_path: Path) -> None:
+    """Its workers leave it to the next attempt; the driver knows that there is none."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    (out / "metrics.jsonl").mkdir(parents=True)  # which no worker can write to
+    with pytest.raises(TrainingFailedError, match="Is a directory"):
+        fit(data, out, cache_dir=str(cache), keep_cache=False, max_failures=0)
+    assert list(cache.iterdir()) and not list(cache.glob("condensed-*/")), "nothing but the lock"
 
 
 def losses_so_far(out: Path) -> list[str]:

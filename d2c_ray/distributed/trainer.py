@@ -17,7 +17,9 @@ from typing import Any
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from d2c_ray.config import Config, ModelConfig, StorageConfig, TrainConfig, dotted
 from d2c_ray.data import condensed
@@ -150,6 +152,8 @@ def fit(
         with _start_timeout(elastic):
             result = trainer.fit()
     except TrainingFailedError:
+        if not resources.keep_cache:
+            _drop_copies(str(data), resources.cache_dir)
         _raise_failed(out)
         raise
     _raise_failed(out)
@@ -183,19 +187,35 @@ def _raise_failed(out: Path) -> None:
 
 
 def _worker(args: dict[str, Any]) -> None:
-    out, alone = Path(args["out"]), ray.train.get_context().get_world_size() == 1
-    if (out / FAILED).is_file():
-        return  # on another attempt it would only come again
     from d2c_ray.training import loop
 
-    try:
-        _train(args, out)
-    except UserError as error:
-        # To raise it would have Ray start the workers again.
-        write_text(out / FAILED, json.dumps({"error": str(error)}))
-        if alone or isinstance(error, loop.Diverged):
-            return
-        raise  # the other workers are still at work, and only a failure ends them
+    out, context = Path(args["out"]), ray.train.get_context()
+    if not (out / FAILED).is_file():  # on another attempt it would only come again
+        try:
+            _train(args, out)
+        except UserError as error:
+            # To raise it would have Ray start the workers again.
+            write_text(out / FAILED, json.dumps({"error": str(error)}))
+            if context.get_world_size() > 1 and not isinstance(error, loop.Diverged):
+                raise  # the other workers are still at work, and only a failure ends them
+    # Training is over. After a failure that is not the last, the copy is what the next attempt trains from.
+    if context.get_local_rank() == 0 and not args["keep_cache"]:
+        _drop_copy(args["data"], args["cache_dir"])
+
+
+def _drop_copy(data: str, cache_dir: str) -> None:
+    """Removes this node's copy of the dataset, if it can; how the training ended is what matters."""
+    with suppress(UserError, OSError):
+        condensed.drop_cache(data, cache_dir)
+
+
+def _drop_copies(data: str, cache_dir: str) -> None:
+    """The same on every node, when no worker is left to do it."""
+    drop: Any = ray.remote(num_cpus=0, max_retries=0)(_drop_copy)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    started = [drop.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(data, cache_dir) for node in nodes]
+    with suppress(RayError):
+        ray.get(started, timeout=60)
 
 
 def _train(args: dict[str, Any], out: Path) -> None:
@@ -233,22 +253,17 @@ def _train(args: dict[str, Any], out: Path) -> None:
             log=log, checkpoint=upload, urgent=notice, preview=preview,
         )  # fmt: skip
 
-    try:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None and args["mended"]:
-            mended = Path(args["mended"])
-            # Ray does not know of it, and a training without a step left would report nothing more.
-            upload(_step(mended), state.Saver(lambda: state.read(mended)))
-            run(mended)
-        elif checkpoint is None:
-            run(None)
-        else:
-            with checkpoint.as_directory() as folder:
-                run(Path(folder))
-    finally:
-        if context.get_local_rank() == 0 and not args["keep_cache"]:
-            with suppress(UserError, OSError):  # which would hide how the training ended
-                condensed.drop_cache(args["data"], args["cache_dir"])
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None and args["mended"]:
+        mended = Path(args["mended"])
+        # Ray does not know of it, and a training without a step left would report nothing more.
+        upload(_step(mended), state.Saver(lambda: state.read(mended)))
+        run(mended)
+    elif checkpoint is None:
+        run(None)
+    else:
+        with checkpoint.as_directory() as folder:
+            run(Path(folder))
 
 
 class _Notice:
