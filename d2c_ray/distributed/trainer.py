@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.exceptions import RayError
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -62,15 +63,16 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
         model, facts["latent"], num_classes, (text[0].shape[1], text[0].shape[2]) if text else None, vision_width, options.start
     )
     metrics = job.out / METRICS
-    use_gpu = cluster.train_on_gpus()
+    use_gpu = cluster.train_on_gpus(job.config.resources)
     if options.precision == "bf16" and not use_gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print(f"d2c: {title}: this CPU only emulates bf16, which is many times slower than fp32: set precision=fp32", file=sys.stderr)
     trackers = Trackers(
         job.config.tracking, job.out, f"{job.config.run.name}: {title}", f"{job.config.run.name}-{job.out.name}", dotted(job.config)
     )
+    least = min(job.config.resources.train_workers_min or workers, workers)
     with (
         job.progress(options.num_images, done=_last(metrics).get("images", 0), title=title) as progress,
-        _Watch(metrics, progress, trackers),
+        _Watch(metrics, progress, trackers, partial(cluster.training_waits_for, least, use_gpu)),
     ):
         checkpoint = fit(job.config, spec.to_dict(), options, data, facts, job.out, workers, use_gpu, encoders)
     with checkpoint.as_directory() as folder:
@@ -333,10 +335,13 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 class _Watch:
-    """Follows a metrics file, which the workers write, in a thread: for the progress line and for trackers."""
+    """Follows a metrics file, which the workers write, in a thread: for the progress line and for trackers.
 
-    def __init__(self, metrics: Path, progress: Progress, trackers: Trackers):
-        self._lines, self._progress, self._trackers = Tail(metrics), progress, trackers
+    Until there is a first line, the progress line says what `waiting` does.
+    """
+
+    def __init__(self, metrics: Path, progress: Progress, trackers: Trackers, waiting: Callable[[], str]):
+        self._lines, self._progress, self._trackers, self._waiting = Tail(metrics), progress, trackers, waiting
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -359,7 +364,7 @@ class _Watch:
         if records:
             self._progress.at(records[-1]["images"], f"loss {float(records[-1]['loss']):.3f}")
         elif not self._lines.read:
-            self._progress.at(self._progress.done, "starting")
+            self._progress.at(self._progress.done, self._waiting() if ray.is_initialized() else "starting")
 
 
 class Tail:
