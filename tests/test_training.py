@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2c_ray.config import TrainConfig
 from d2c_ray.diffusion import flow
-from d2c_ray.models.transformer import TransformerSpec
+from d2c_ray.models.transformer import Transformer, TransformerSpec
+from d2c_ray.seeding import derive
 from d2c_ray.training import batches, loop, state
 from d2c_ray.training.prefetch import AHEAD, Prefetch
 
@@ -170,6 +171,44 @@ def test_ema_follows_the_weights(tmp_path: Path) -> None:
     raw, ema = state.weights(follows.states[2], "model"), state.weights(follows.states[2], "ema")
     assert all(torch.allclose(raw[key], ema[key], atol=1e-7) for key in ema)
     assert not any(value.any() for key, value in state.weights(stays.states[2], "ema").items() if key == "final.linear.weight")
+
+
+def test_ema_is_the_sum_by_hand(tmp_path: Path) -> None:
+    """0.9 of what it was and 0.1 of the weights a step, from the weights that training begins with."""
+    config = replace(CONFIG, num_images=32 * 3, checkpoint_every=32, ema_decay=0.9, ema_also=[0.5])
+    run = Run(tmp_path, config)
+    torch.manual_seed(derive(config.seed, "init") >> 1)
+    first = Transformer(spec()).state_dict()
+    one, two, three = (state.weights(run.states[step], "model") for step in (1, 2, 3))
+    ema, half = state.weights(run.states[3], "ema"), state.weights(run.states[3], "ema-0.5")
+    for name, value in ema.items():
+        assert torch.allclose(value, 0.729 * first[name] + 0.081 * one[name] + 0.09 * two[name] + 0.1 * three[name], atol=1e-7), name
+        assert torch.allclose(half[name], 0.125 * first[name] + 0.125 * one[name] + 0.25 * two[name] + 0.5 * three[name], atol=1e-7), name
+    assert (ema["final.linear.bias"] - three["final.linear.bias"]).abs().max() > 1e-3, "which are far enough apart"
+
+
+def test_published_weights_are_trained_further(tmp_path: Path) -> None:
+    """A SiT in the original layout: its first loss is its own, the new text side adds nothing yet, and both losses fall."""
+    from test_published import forward, state_dict
+
+    torch.save(state_dict(outputs=4), tmp_path / "SiT-tiny.pt")
+    data = dataset()
+    rng = np.random.default_rng(0)
+    data.pixels, data.labels, data.num_classes = rng.integers(0, 255, (50, 8, 8, 4), dtype=np.uint8), rng.integers(0, 5, 50), 5
+    data.text_states, data.text_mask = torch.randn(5, 4, 5), torch.ones(5, 4, dtype=torch.long)
+    model = TransformerSpec("sit", 8, 4, 2, 2, 64, 4, 5, text_tokens=4, text_width=5, vision_width=6, align_depth=1, align_hidden=16,
+                            timestep_scale=-1.0, timestep_offset=1.0)  # fmt: skip
+    config = replace(CONFIG, num_images=32 * 20, start=str(tmp_path / "SiT-tiny.pt"), checkpoint_every=10**9)
+    logs: list[dict] = []
+    loop.train(model, config, data, device=CPU, log=logs.append, checkpoint=lambda step, save: None)
+
+    draws = batches.draw(0, 0, 0, 32, (4, 8, 8), config.class_dropout, True, False, CPU)
+    batch = batches.gather(data, batches.image_order(0, 0, 32, 50), draws, align=False)
+    t = draws.uniform_t
+    x_t = (1 - t).reshape(-1, 1, 1, 1) * batch["z"] + t.reshape(-1, 1, 1, 1) * draws.noise
+    velocity = -forward(state_dict(outputs=4), x_t, 1 - t, batch["label"])  # theirs goes from noise to data
+    assert logs[0]["loss"] == pytest.approx((velocity - (draws.noise - batch["z"])).square().mean().item(), rel=1e-4)
+    assert logs[-1]["loss"] < 0.8 * logs[0]["loss"] and logs[-1]["loss_align"] < logs[0]["loss_align"]
 
 
 def test_divergence_says_what_it_saw(tmp_path: Path) -> None:
