@@ -37,6 +37,7 @@ from d2c_ray.config import Config, ResourcesConfig, StorageConfig, TrainConfig
 from d2c_ray.data import condensed
 from d2c_ray.distributed import checkpoints, trainer
 from d2c_ray.errors import UserError
+from d2c_ray.models import weights
 from d2c_ray.models.transformer import TransformerSpec
 from d2c_ray.training import state
 
@@ -348,6 +349,17 @@ def test_what_would_only_come_again_is_raised_and_not_tried_again(local_ray: Non
     assert json.loads(record)["images"] == 64, "one attempt"
 
 
+def test_a_model_says_how_many_images_it_was_shown(tmp_path: Path) -> None:
+    """Whole steps: 50 images in batches of 32 are 64."""
+    from test_training import CONFIG, Run, spec
+
+    options = replace(CONFIG, num_images=50)
+    run = Run(tmp_path / "run", options)
+    job: Any = SimpleNamespace(out=tmp_path, config=Config(), fingerprint="0")
+    trainer._export(job, run.states[2], spec(), options, {"class_names": [], "labels": [], "latent": {}}, None)
+    assert weights.read_meta(tmp_path / trainer.MODEL)["images"] == 64
+
+
 def test_a_growing_file_is_read_once(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     tail = trainer.Tail(file)
@@ -528,6 +540,13 @@ def test_a_report_that_comes_to_nothing_holds_up_no_other(monkeypatch: pytest.Mo
 
 def saver(weight: torch.nn.Linear, step: int) -> state.Saver:
     return state.Saver(lambda: state.snapshot(weight, {}, torch.optim.AdamW(weight.parameters()), step, {}))
+
+
+def test_a_model_that_is_not_trained_is_no_checkpoint_to_keep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reports = Reports(monkeypatch)
+    checkpoints.Uploads(checkpoints.place(str(tmp_path), StorageConfig()), 0, BATCH, BATCH)(0, saver(torch.nn.Linear(2, 2), 0))
+    reports.join()
+    assert [Path(found.path).name for found in reports.reported] == ["checkpoint_0"] and not (tmp_path / "kept").exists()
 
 
 def test_a_checkpoint_that_cannot_be_kept_is_a_checkpoint(

@@ -5,6 +5,7 @@ interruption finds them and goes on at the next image, on as many workers as the
 """
 
 import json
+import math
 import os
 import sys
 import threading
@@ -50,8 +51,8 @@ def condensed_facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / SUCCESS).read_text())["facts"]
 
 
-def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: Path, workers: int) -> None:
-    """Trains a model on the condensed dataset at `data` and leaves it in the folder `job.out/model`."""
+def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: Path, workers: int) -> int:
+    """Trains a model on the condensed dataset at `data`, leaves it in the folder `job.out/model`, and says how many images it was shown."""
     if options.start:
         options = replace(options, start=published.absolute(options.start))  # a worker may work in another folder
     facts = condensed_facts(data)
@@ -70,13 +71,15 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
         job.config.tracking, job.out, f"{job.config.run.name}: {title}", f"{job.config.run.name}-{job.out.name}", dotted(job.config)
     )
     least = min(job.config.resources.train_workers_min or workers, workers)
+    shown = math.ceil(options.num_images / options.batch_size) * options.batch_size  # whole steps
     with (
-        job.progress(options.num_images, done=_last(metrics).get("images", 0), title=title) as progress,
+        job.progress(shown, done=_last(metrics).get("images", 0), title=title) as progress,
         _Watch(metrics, progress, trackers, partial(cluster.training_waits_for, least, use_gpu)),
     ):
         checkpoint = fit(job.config, spec.to_dict(), options, data, facts, job.out, workers, use_gpu, encoders)
     with checkpoint.as_directory() as folder:
         _export(job, Path(folder), spec, options, facts, text)
+        return _images(Path(folder))
 
 
 def _export(job: Job, checkpoint: Path, spec: TransformerSpec, options: TrainConfig, facts: dict[str, Any], text: Any) -> None:
@@ -86,7 +89,7 @@ def _export(job: Job, checkpoint: Path, spec: TransformerSpec, options: TrainCon
         job.out / MODEL, spec, {"raw": raw, **{name: {**raw, **state.weights(checkpoint, name)} for name in averages}},
         {
             "class_names": facts["class_names"], "labels": facts["labels"], "latent": facts["latent"], "image_size": job.config.data.image_size,
-            "text_strength": options.text_strength, "ema_decay": options.ema_decay, "images": options.num_images, "fingerprint": job.fingerprint,
+            "text_strength": options.text_strength, "ema_decay": options.ema_decay, "images": _images(checkpoint), "fingerprint": job.fingerprint,
         },
         {"states": text[0].contiguous(), "mask": text[1].contiguous()} if text else None,
     )  # fmt: skip

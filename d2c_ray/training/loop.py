@@ -319,5 +319,5 @@ def _set_lr(optimizer: torch.optim.Optimizer, config: TrainConfig, images: int) 
 
 
 def crosses(images: int, batch: int, every: int) -> bool:
-    """Whether the step that ended at `images` passed a multiple of `every`."""
-    return images // every > (images - batch) // every
+    """Whether the step that ended at `images` passed a multiple of `every`; none ends at 0."""
+    return images // every > max(0, images - batch) // every
