@@ -16,6 +16,7 @@ import traceback
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,6 +37,7 @@ NAME = "checkpoints"
 KEPT = "kept"
 INDEX = "checkpoint_manager_snapshot.json"
 TRIES = 3  # to write a state to a remote storage, each with storage.attempts a request
+CHUNK_BYTES, CHUNKS = 16 << 20, 8  # a part of an upload, and how many are on their way at most
 PAUSE_SEC = 1.0  # before the second try, and twice that before the third
 
 
@@ -234,7 +236,10 @@ def _write(place: Place, path: str, taken: state.Snapshot) -> None:
         for name in (state.STATE, state.META):
             # Not by fs.copy_files, which loses the error of a part that is refused when the file is closed.
             with open(Path(folder) / name, "rb") as source, place.filesystem.open_output_stream(f"{path}/{name}") as target:
-                shutil.copyfileobj(source, target, 16 << 20)
+                for number, chunk in enumerate(iter(partial(source.read, CHUNK_BYTES), b""), start=1):
+                    target.write(chunk)
+                    if number % CHUNKS == 0:
+                        target.flush()  # or all that is not sent yet waits in memory, a second state on a slow storage
 
 
 def _keep(place: Place, source: str, target: str, taken: state.Snapshot) -> None:
