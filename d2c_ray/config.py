@@ -271,7 +271,11 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class ResourcesConfig:
-    """Knobs that cannot change a result (workers of a training: beyond rounding), and so are no part of any fingerprint."""
+    """Knobs that cannot change a result, and so are no part of any fingerprint.
+
+    What splits or orders the sums of a training (train_workers, teacher_workers, micro_batch, threads, CPUs or GPUs) changes
+    it by rounding: it is exact to the bit with all of these as they were.
+    """
 
     address: str = ""  # Ray address; empty: a local Ray of this run's own
     num_cpus: int = 0  # logical CPUs of the local Ray; 0: the cores and two for light work
@@ -282,7 +286,9 @@ class ResourcesConfig:
     rows_per_task: int = 256  # images a decode task
     rows_per_partition: int = 10_000_000  # scores ranked at once; with more than that, select runs on Ray
     train_workers: int = 1  # a training
-    train_workers_min: int = 0  # elastic: fewer workers will do, down to so many, and more join as there is room; 0: train_workers, always
+    # Elastic: fewer workers will do, down to so many. More join as there is room, which each time costs the steps since the last checkpoint.
+    train_workers_min: int = 0  # 0: train_workers, always
+    train_gpus: int = -1  # a training worker: 0 | 1; -1: 1 where the cluster has GPUs, or actors are to have them (gpus_per_actor above 0)
     teacher_workers: int = 1
     micro_batch: int = 0  # images a forward and backward of a training worker, whose gradients add up to the step's; 0: its whole share
     recompute: bool = False  # training keeps no activations inside blocks and computes them again: less memory, a third more work
@@ -360,6 +366,7 @@ CHOICES = {
     "sample.keep": ("parquet", "png", "npz", "none"),
     "sample.class_draw": ("balanced", "random"),
     "sample.precision": ("fp32", "bf16"),
+    "resources.train_gpus": (-1, 0, 1),
 }
 
 MOST_IN_A_KID_SUBSET = 10_000

@@ -79,7 +79,7 @@ def once_each(kinds: Sequence[str]) -> Callable[[int, str, int], str]:
 
 
 class FaultyProxy:
-    """Passes requests on to an S3 endpoint and spoils answers to GETs of objects.
+    """Passes requests on to an S3 endpoint and spoils answers to GETs of objects, or to requests of other `methods`.
 
     Faults: ok | 503 (SlowDown) | 403 (AccessDenied) | reset (half of the body, then RST) | cut (half of the body, then a
     normal close) | stall (half of the body, then silence) | trickle (half of the body, then a byte at a time).
@@ -89,6 +89,7 @@ class FaultyProxy:
         faults: a list that is repeated, an item a GET in order of arrival; or a function of (number of the GET, its path,
             how often the same range of the same path was asked for before).
         only: the paths that faults are for; a GET of another path is neither spoilt nor counted.
+        methods: what is spoilt and counted in the place of GETs.
         stall_sec: the longest silence.
         trickle_sec: the pause between two bytes.
 
@@ -100,10 +101,11 @@ class FaultyProxy:
 
     def __init__(
         self, endpoint: str, faults: Sequence[str] | Callable[[int, str, int], str] = ("ok",), only: Callable[[str], bool] = is_object,
-        stall_sec: float = 5.0, trickle_sec: float = 0.1,
+        stall_sec: float = 5.0, trickle_sec: float = 0.1, methods: Sequence[str] = ("GET",),
     ):  # fmt: skip
         self._upstream = urlsplit(endpoint).netloc
         self.faults, self.only, self.stall_sec, self.trickle_sec = faults, only, stall_sec, trickle_sec
+        self.methods = methods
         self.counts: Counter[str] = Counter()
         self.gets: list[tuple[str, str | None]] = []
         self._asked: Counter[tuple[str, str | None]] = Counter()
@@ -137,7 +139,7 @@ class FaultyProxy:
 
     def fault(self, method: str, path: str, range_header: str | None) -> str:
         """What happens to a request; counts it."""
-        if method != "GET" or not self.only(path):
+        if method not in self.methods or not self.only(path):
             return "ok"
         with self._lock:
             number, tries = len(self.gets), self._asked[path, range_header]
@@ -158,8 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         fault = self.owner.fault(self.command, self.path, self.headers.get("Range"))
-        length = int(self.headers.get("Content-Length") or 0)
-        sent = self.rfile.read(length) if length else None
+        sent = self._body()
         if fault in ("503", "403"):
             self._refuse(*(SLOW_DOWN if fault == "503" else ACCESS_DENIED))
             return
@@ -193,13 +194,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 
+    def _body(self) -> bytes | None:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            length = int(self.headers.get("Content-Length") or 0)
+            return self.rfile.read(length) if length else None
+        chunks = []
+        while length := int(self.rfile.readline().split(b";")[0], 16):
+            chunks.append(self.rfile.read(length))
+            self.rfile.readline()
+        while self.rfile.readline().strip():  # trailers
+            pass
+        return b"".join(chunks)
+
     def _forward(self, sent: bytes | None) -> tuple[int, list[tuple[str, str]], bytes]:
         upstream = http.client.HTTPConnection(self.owner._upstream, timeout=60)
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
-                if name.lower() not in ("connection", "expect"):
+                if name.lower() not in ("connection", "expect", "transfer-encoding"):
                     upstream.putheader(name, value)
+            if "Transfer-Encoding" in self.headers:
+                upstream.putheader("Content-Length", str(len(sent or b"")))
             upstream.putheader("Connection", "close")
             upstream.endheaders(sent)
             answer = upstream.getresponse()

@@ -58,6 +58,32 @@ def test_variational_bound_is_the_gaussian_kl() -> None:
         assert found.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_the_bound_at_the_first_step_is_the_decoders_likelihood() -> None:
+    """At t = 0: minus the log of the Gaussian's mass between the neighbouring levels, to infinity at the ends; by the error function."""
+    betas, cumulative = float64_schedule()
+    # Dark and bright ends, and between them; what is predicted leads near, and far off.
+    z = torch.tensor([-1.0, -0.9995, -100 / 127.5, 0.0, 31 / 127.5, 1.0])
+    noise, predicted = torch.tensor([0.3, -1.0, 0.5, 2.0, -0.7, 0.2]), torch.tensor([0.2, -1.1, 0.9, 1.5, -0.7, 0.6])
+    v, t = torch.tensor([-1.0, 0.4, 0.0, 1.0, -0.3, 0.8]), torch.tensor([0])
+    as_image = [value.reshape(1, 1, 2, 3) for value in (predicted, v, z, noise)]
+    x_t = ddpm.add_noise(as_image[2], as_image[3], t)
+    found = ddpm.variational_bound(as_image[0], as_image[1], as_image[2], x_t, t)
+    # q(x_0 | x_1, x_0) is x_0 itself, so the mean is the predicted image; the smallest log variance is that of the second step.
+    smallest = math.log(betas[1] * (1 - cumulative[0]) / (1 - cumulative[1]))
+    bits = []
+    for x, eps, guess, fraction in zip(
+        z.double().tolist(), noise.double().tolist(), predicted.double().tolist(), v.double().tolist(), strict=True
+    ):
+        x_1 = math.sqrt(cumulative[0]) * x + math.sqrt(1 - cumulative[0]) * eps
+        mean = (x_1 - math.sqrt(1 - cumulative[0]) * guess) / math.sqrt(cumulative[0])
+        deviation = math.exp(0.5 * ((fraction + 1) / 2 * math.log(betas[0]) + (1 - fraction) / 2 * smallest))
+        below = 0.0 if x < -0.999 else 0.5 * (1 + math.erf((x - 1 / 255 - mean) / deviation / math.sqrt(2)))
+        above = 1.0 if x > 0.999 else 0.5 * (1 + math.erf((x + 1 / 255 - mean) / deviation / math.sqrt(2)))
+        bits.append(-math.log2(max(above - below, 1e-12)))
+    assert max(bits) > 3 * min(bits) > 0, "they are told apart"
+    assert found.item() == pytest.approx(sum(bits) / len(bits), rel=1e-3)
+
+
 def test_decoder_likelihood_sums_to_one_over_the_levels() -> None:
     levels = torch.arange(256) / 127.5 - 1
     log_mass = ddpm._discretised_log_likelihood(levels, torch.full((256,), 0.2), torch.full((256,), -3.0))

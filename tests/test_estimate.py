@@ -124,6 +124,16 @@ def test_flops_and_hours_by_hand() -> None:
     assert unknown["compute"]["unknown"] == ["some/encoder"] and any("width of some/encoder" in what for what in unknown["assumed"])
 
 
+def test_a_model_that_is_not_trained_costs_nothing() -> None:
+    """Sampled and measured as it starts, with encoders that would run while training."""
+    config = imagenet("train.num_images=0", "train.start=SiT-L-2-256.pt", "vae.encode=training", "attach.vision.encode=training")
+    found = printed.collect(config, gpu="H100")
+    (student,) = found["students"].values()
+    assert (student["steps"], student["compute"]["total"], student["compute"]["assumed"]["hours"]) == (0, 0, 0)
+    text = "\n".join(printed.lines(found))
+    assert "training: 0 FLOPs" in text and "0.0 GPU-hours" in text and "% of it " not in text
+
+
 def test_weights_moments_and_checkpoints_are_exact(tmp_path: Path) -> None:
     """Against a real state of the loop."""
     from test_training import CONFIG, Run, spec

@@ -611,7 +611,9 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ([(8.0, 1.0)], {"actors": 2}, r"resources\.actors=2 with resources\.gpus_per_actor=1\.0 want 2 GPUs; the cluster has 1.*autoscaling=true"),
         ([(1.0, 2.0), (8.0, 0.0)], {"actors": 2}, r"do not fit on the nodes \(1 CPU 2 GPU, 8 CPU\), which hold 1\. resources\.actors=1 would do"),
         ([(1.0, 1.0)], {"actors": 1}, r"1 actors of one CPU and one free CPU for decoding want 2 CPUs; Ray has 1"),
-        ([(4.0, 0.0)], {"actors": 1, "train_workers": 5}, r"resources\.train_workers=5 wants 5 CPUs; the cluster has 4"),
+        ([(4.0, 0.0)], {"actors": 1, "train_workers": 5}, r"resources\.train_workers=5 wants 5 CPUs; the cluster has 4\.$"),
+        ([(4.0, 0.0)], {"actors": 1, "train_gpus": 1}, r"resources\.train_workers=1 wants 1 GPUs; the cluster has 0\. resources\.train_gpus=0 .*autoscaling=true"),
+        ([(8.0, 1.0)], {"actors": 1, "train_gpus": 0, "train_workers": 9}, r"resources\.train_workers=9 wants 9 CPUs; the cluster has 8\.$"),
     ],
 )  # fmt: skip
 def test_what_the_cluster_cannot_hold_is_refused(alive: Callable[..., None], nodes_there: list, options: dict, words: str) -> None:
@@ -627,6 +629,24 @@ def test_what_fits_is_not_refused(alive: Callable[..., None]) -> None:
     alive((2.0, 1.0), (2.0, 1.0))
     cluster.preflight(ResourcesConfig(actors=2))
     cluster.preflight(ResourcesConfig(actors=2, gpus_per_actor=0.5))
+
+
+def test_a_training_takes_gpus_that_are_still_to_come(alive: Callable[..., None]) -> None:
+    """On a cluster that has let its GPU nodes go, the actors' wish is the training's."""
+    alive((4.0, 0.0))
+    for options, on_gpus in (
+        ({}, False), ({"gpus_per_actor": 0.5}, True), ({"gpus_per_actor": 0.0}, False), ({"train_gpus": 1}, True),
+        ({"gpus_per_actor": 1.0, "train_gpus": 0}, False),
+    ):  # fmt: skip
+        resources = ResourcesConfig(actors=2, autoscaling=True, **options)
+        cluster.preflight(resources)
+        assert cluster.train_on_gpus(resources) == on_gpus, options
+    assert cluster.training_waits_for(2, True) == "waiting for capacity: 2 GPUs asked for, the cluster has 0"
+    assert cluster.training_waits_for(4, False) == "starting"
+    alive((4.0, 2.0))
+    assert cluster.training_waits_for(2, True) == "starting"
+    for options, on_gpus in (({}, True), ({"gpus_per_actor": 0.0}, True), ({"train_gpus": 0}, False)):
+        assert cluster.train_on_gpus(ResourcesConfig(**options)) == on_gpus, options
 
 
 def test_it_is_said_what_a_silent_pool_waits_for(alive: Callable[..., None]) -> None:

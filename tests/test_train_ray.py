@@ -11,24 +11,33 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
 import pytest
 import ray
+import safetensors.torch
 import torch
+import torch.multiprocessing
 from conftest import ROOT
-from faulty_s3 import ACCESS_KEY, SECRET_KEY, S3Server
+from faulty_s3 import ACCESS_KEY, SECRET_KEY, FaultyProxy, S3Server
 from pyarrow import fs
+from ray.train import TrainingFailedError
+from ray.train.v2._internal.execution.context import TrainContext
 from ray.train.v2.api.preemption import PreemptionInfo
 from test_cache import write
 
 from d2c_ray.config import Config, ResourcesConfig, StorageConfig, TrainConfig
+from d2c_ray.data import condensed
 from d2c_ray.distributed import checkpoints, trainer
 from d2c_ray.errors import UserError
+from d2c_ray.models import weights
 from d2c_ray.models.transformer import TransformerSpec
 from d2c_ray.training import state
 
@@ -65,8 +74,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fit(data: Path, out: Path, train: TrainConfig = TRAIN, workers: int = 1, storage: StorageConfig | None = None, **resources: object):
     out.mkdir(parents=True, exist_ok=True)
     config = Config(
-        storage=storage or StorageConfig(), resources=ResourcesConfig(cache_dir=str(data.parent / "cache"), keep_cache=True, **resources)
-    )  # type: ignore[arg-type]
+        storage=storage or StorageConfig(),
+        resources=ResourcesConfig(**{"cache_dir": str(data.parent / "cache"), "keep_cache": True, **resources}),  # type: ignore[arg-type]
+    )
     return trainer.fit(config, SPEC.to_dict(), train, data, trainer.condensed_facts(data), out, workers)
 
 
@@ -99,23 +109,41 @@ def saved(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoints/checkpoint_*/state.json"))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole training in this process: what every disturbed one must equal."""
-    from d2c_ray.data import condensed
+def _undisturbed(rank: int, world_size: int, data: Path, out: Path) -> None:
+    """A whole training without Ray, as process `rank` of so many: what every disturbed one must equal."""
     from d2c_ray.training import loop
 
-    out = tmp_path_factory.mktemp("undisturbed")
-    opened = condensed.open(data, data.parent / "cache").training_set()
+    torch.set_num_threads(1)
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world_size)
+    opened = replace(condensed.open(data, data.parent / "cache").training_set(), text_states=None, text_mask=None)
 
     def log(values: dict) -> None:
-        with (out / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        if rank == 0:
+            with (out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(values) + "\n")
 
     def checkpoint(step: int, save: state.Saver) -> None:
-        save(out)
+        if rank == 0:
+            save(out)
 
-    loop.train(SPEC, TRAIN, replace(opened, text_states=None, text_mask=None), device=torch.device("cpu"), log=log, checkpoint=checkpoint)
+    loop.train(SPEC, TRAIN, opened, device=torch.device("cpu"), rank=rank, world_size=world_size, log=log, checkpoint=checkpoint)
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    _undisturbed(0, 1, data, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two processes: other bits than one's, since their gradients are added in another order."""
+    out = tmp_path_factory.mktemp("two-undisturbed")
+    torch.multiprocessing.spawn(_undisturbed, (2, data, out), nprocs=2)
     return out
 
 
@@ -125,28 +153,53 @@ def same_state(one: Path, other: Path) -> None:
         assert found and all(torch.equal(value, found[key]) for key, value in state.weights(one, which).items()), which
 
 
-def test_a_killed_worker_costs_no_bit(local_ray: None, data: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """And on the way: what is kept, what is dropped, and that nothing is left behind."""
-    killed = []
+def test_a_killed_worker_of_two_costs_no_bit(local_ray: None, data: Path, two_undisturbed: Path, tmp_path: Path) -> None:
+    """The other one fails in the middle of a step. And on the way: what is kept, what is dropped, and that nothing is left behind."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    killed: list[int] = []
+    copies: list[tuple[int, int]] = []
+
+    def copy() -> tuple[int, int]:
+        (labels,) = cache.glob("condensed-*/label.npy")
+        return labels.stat().st_ino, labels.stat().st_mtime_ns
 
     def kill() -> None:
-        once(lambda: len(losses_so_far(tmp_path)) > 60 and saved(tmp_path))
-        (worker,) = train_workers()
-        os.kill(worker.pid, signal.SIGKILL)
-        killed.append(len(losses_so_far(tmp_path)))
+        once(lambda: len(losses_so_far(out)) > 60 and saved(out))
+        # Rank 0 writes the metrics. The other one is killed, so that the first of the node fails and is still there.
+        before = {worker: worker.io_counters().write_chars for worker in train_workers()}
+        time.sleep(0.5)
+        written = {worker: worker.io_counters().write_chars - count for worker, count in before.items()}
+        assert len(written) == 2
+        copies.append(copy())
+        os.kill(min(written, key=lambda worker: written[worker]).pid, signal.SIGKILL)
+        killed.append(len(losses_so_far(out)))
+        once(lambda: len(losses_so_far(out)) < killed[0])
+        once(lambda: len(losses_so_far(out)) > killed[0])
+        copies.append(copy())
 
     thread = threading.Thread(target=kill)
     thread.start()
-    result = fit(data, tmp_path)
+    result = fit(data, out, workers=2, cache_dir=str(cache), keep_cache=False)
     thread.join()
     assert killed and killed[0] < 300, "it was killed on the way"
-    assert losses(tmp_path) == losses(undisturbed)
-    same_state(undisturbed, Path(result.path))
-    assert len(saved(tmp_path)) == TRAIN.keep_checkpoints
-    kept = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    assert losses(out) == losses(two_undisturbed)
+    same_state(two_undisturbed, Path(result.path))
+    assert len(saved(out)) == TRAIN.keep_checkpoints
+    kept = sorted(path.name for path in (out / "kept").iterdir())
     assert kept == ["images-000003840", "images-000007680"], "and no temporary name"
-    assert json.loads((tmp_path / "kept" / kept[0] / "state.json").read_text())["step"] == 120
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "kept", "metrics.jsonl"]
+    assert json.loads((out / "kept" / kept[0] / "state.json").read_text())["step"] == 120
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "kept", "metrics.jsonl"]
+    assert len(set(copies)) == 1 and len(copies) == 2, "the second attempt trained from the first one's copy"
+    assert not list(cache.glob("condensed-*/")), "which went when training had ended"
+
+
+def test_a_training_that_fails_for_good_leaves_no_copy(local_ray: None, data: Path, tmp_path: Path) -> None:
+    """Its workers leave it to the next attempt; the driver knows that there is none."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    (out / "metrics.jsonl").mkdir(parents=True)  # which no worker can write to
+    with pytest.raises(TrainingFailedError, match="Is a directory"):
+        fit(data, out, cache_dir=str(cache), keep_cache=False, max_failures=0)
+    assert list(cache.iterdir()) and not list(cache.glob("condensed-*/")), "nothing but the lock"
 
 
 def losses_so_far(out: Path) -> list[str]:
@@ -296,6 +349,17 @@ def test_what_would_only_come_again_is_raised_and_not_tried_again(local_ray: Non
     assert json.loads(record)["images"] == 64, "one attempt"
 
 
+def test_a_model_says_how_many_images_it_was_shown(tmp_path: Path) -> None:
+    """Whole steps: 50 images in batches of 32 are 64."""
+    from test_training import CONFIG, Run, spec
+
+    options = replace(CONFIG, num_images=50)
+    run = Run(tmp_path / "run", options)
+    job: Any = SimpleNamespace(out=tmp_path, config=Config(), fingerprint="0")
+    trainer._export(job, run.states[2], spec(), options, {"class_names": [], "labels": [], "latent": {}}, None)
+    assert weights.read_meta(tmp_path / trainer.MODEL)["images"] == 64
+
+
 def test_a_growing_file_is_read_once(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     tail = trainer.Tail(file)
@@ -312,18 +376,27 @@ def test_a_growing_file_is_read_once(tmp_path: Path) -> None:
 
 
 class Reports:
-    """Stands for Ray's report: each upload in a thread of its own, as there."""
+    """Stands for Ray's report: each upload in a thread of its own, by Ray's own method, which tries again what it takes for passing."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.threads: list[threading.Thread] = []
         self.reported: list[checkpoints.Checkpoint] = []
+        self.failed: list[Exception] = []
         storage = SimpleNamespace(storage_filesystem=fs.LocalFileSystem())
         monkeypatch.setattr(ray.train, "report", self._report)
         monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_storage=lambda: storage))
 
     def _report(self, metrics: dict, checkpoint: object, checkpoint_upload_fn: Callable, **_: object) -> None:
-        def upload() -> None:
-            self.reported.append(checkpoint_upload_fn(checkpoint, f"checkpoint_{metrics['step']}"))
+        context: Any = SimpleNamespace(execution_context=SimpleNamespace(train_context_callbacks=[]))
+
+        def upload(checkpoint_upload_fn: Callable = checkpoint_upload_fn) -> None:
+            try:
+                report = TrainContext._upload_checkpoint(
+                    context, f"checkpoint_{metrics['step']}", metrics, checkpoint, checkpoint_upload_fn=checkpoint_upload_fn
+                )
+                self.reported.append(report.checkpoint)
+            except Exception as error:
+                self.failed.append(error)
 
         self.threads.append(threading.Thread(target=upload))
         self.threads[-1].start()
@@ -394,8 +467,86 @@ def test_what_is_kept_on_s3_is_written_and_not_copied(monkeypatch: pytest.Monkey
         assert one == other and one
 
 
+def whole_states(path: str) -> bool:
+    return urlsplit(path).path.endswith(state.STATE)
+
+
+def test_an_upload_that_s3_refuses_for_a_while_is_tried_again(monkeypatch: pytest.MonkeyPatch, server: S3Server) -> None:
+    """Of the same state, though training is further meanwhile; and the next one waits for it."""
+    server.put("states", "made", b"")
+    monkeypatch.setattr(checkpoints, "PAUSE_SEC", 0.1)
+    reports, weight = Reports(monkeypatch), torch.nn.Linear(2, 2)
+    before = weight.weight.detach().clone()
+    with FaultyProxy(server.endpoint, lambda number, *_: "503" if number < 2 else "ok", whole_states, methods=("PUT",)) as proxy:
+        place = checkpoints.place("s3://states/again/stage", StorageConfig(endpoint=proxy.endpoint, attempts=1))
+        uploads = checkpoints.Uploads(place, 0, 0, BATCH)
+        uploads(1, saver(weight, 1))
+        with torch.no_grad():
+            weight.weight.add_(1.0)
+        uploads(2, saver(weight, 2))
+        reports.join()
+    assert reports.failed == [] and proxy.counts["503"] == 2 and len(reports.reported) == 2
+    for step, value in ((1, before), (2, before + 1)):
+        with place.filesystem.open_input_file(f"{place.path}/checkpoints/checkpoint_{step}/{state.STATE}") as file:
+            assert torch.equal(safetensors.torch.load(file.read())["model.weight"], value)
+
+
+def test_an_upload_that_fails_for_good_says_why_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, server: S3Server) -> None:
+    """Ray calls again what S3 refuses in this way: the state is gone by then, its error is not, and the next state has its turn."""
+    server.put("states", "made", b"")
+    monkeypatch.setattr(checkpoints, "PAUSE_SEC", 0.1)
+    reports, weight, taken = Reports(monkeypatch), torch.nn.Linear(2, 2), []
+
+    def snapshot() -> state.Snapshot:
+        assert not any(ref() for ref in taken), "one state in memory at most"
+        made = state.snapshot(weight, {}, torch.optim.AdamW(weight.parameters()), 1, {})
+        taken.append(weakref.ref(made))
+        return made
+
+    with FaultyProxy(server.endpoint, ["503"], whole_states, methods=("PUT",)) as proxy:
+        place = checkpoints.place("s3://states/never/stage", StorageConfig(endpoint=proxy.endpoint, attempts=1))
+        uploads = checkpoints.Uploads(place, 0, 0, BATCH)
+        uploads(1, state.Saver(snapshot))
+        uploads(2, state.Saver(snapshot))
+        reports.join()
+        assert proxy.counts["503"] == 2 * checkpoints.TRIES and reports.reported == []
+        assert len(reports.failed) == 2 and all("AWS Error SLOW_DOWN" in str(error) for error in reports.failed)
+        proxy.reset()
+        uploads(3, state.Saver(snapshot))
+        reports.join()
+    assert len(reports.reported) == 1
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_report_that_comes_to_nothing_holds_up_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raises: bool) -> None:
+    """Ray skips a report where the workers' barrier was reset, and drops the function without a call."""
+
+    def report(*args: object, **kwargs: object) -> None:
+        if raises:
+            raise RuntimeError("a worker is gone")
+
+    reports, weight = Reports(monkeypatch), torch.nn.Linear(2, 2)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError) if raises else nullcontext():
+        patch.setattr(ray.train, "report", report)
+        uploads = checkpoints.Uploads(checkpoints.place(str(tmp_path), StorageConfig()), 0, 0, BATCH)
+        uploads(1, saver(weight, 1))
+    second = threading.Thread(target=uploads, args=(2, saver(weight, 2)), daemon=True)
+    second.start()
+    second.join(30)
+    assert not second.is_alive(), "it waits for nothing"
+    reports.join()
+    assert [Path(found.path).name for found in reports.reported] == ["checkpoint_2"]
+
+
 def saver(weight: torch.nn.Linear, step: int) -> state.Saver:
     return state.Saver(lambda: state.snapshot(weight, {}, torch.optim.AdamW(weight.parameters()), step, {}))
+
+
+def test_a_model_that_is_not_trained_is_no_checkpoint_to_keep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reports = Reports(monkeypatch)
+    checkpoints.Uploads(checkpoints.place(str(tmp_path), StorageConfig()), 0, BATCH, BATCH)(0, saver(torch.nn.Linear(2, 2), 0))
+    reports.join()
+    assert [Path(found.path).name for found in reports.reported] == ["checkpoint_0"] and not (tmp_path / "kept").exists()
 
 
 def test_a_checkpoint_that_cannot_be_kept_is_a_checkpoint(

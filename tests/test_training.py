@@ -3,10 +3,13 @@
 import json
 import math
 import threading
+import time
+import weakref
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2c_ray.config import TrainConfig
 from d2c_ray.diffusion import flow
-from d2c_ray.models.transformer import TransformerSpec
+from d2c_ray.models.transformer import Transformer, TransformerSpec
+from d2c_ray.seeding import derive
 from d2c_ray.training import batches, loop, state
 from d2c_ray.training.prefetch import AHEAD, Prefetch
 
@@ -169,6 +173,44 @@ def test_ema_follows_the_weights(tmp_path: Path) -> None:
     assert not any(value.any() for key, value in state.weights(stays.states[2], "ema").items() if key == "final.linear.weight")
 
 
+def test_ema_is_the_sum_by_hand(tmp_path: Path) -> None:
+    """0.9 of what it was and 0.1 of the weights a step, from the weights that training begins with."""
+    config = replace(CONFIG, num_images=32 * 3, checkpoint_every=32, ema_decay=0.9, ema_also=[0.5])
+    run = Run(tmp_path, config)
+    torch.manual_seed(derive(config.seed, "init") >> 1)
+    first = Transformer(spec()).state_dict()
+    one, two, three = (state.weights(run.states[step], "model") for step in (1, 2, 3))
+    ema, half = state.weights(run.states[3], "ema"), state.weights(run.states[3], "ema-0.5")
+    for name, value in ema.items():
+        assert torch.allclose(value, 0.729 * first[name] + 0.081 * one[name] + 0.09 * two[name] + 0.1 * three[name], atol=1e-7), name
+        assert torch.allclose(half[name], 0.125 * first[name] + 0.125 * one[name] + 0.25 * two[name] + 0.5 * three[name], atol=1e-7), name
+    assert (ema["final.linear.bias"] - three["final.linear.bias"]).abs().max() > 1e-3, "which are far enough apart"
+
+
+def test_published_weights_are_trained_further(tmp_path: Path) -> None:
+    """A SiT in the original layout: its first loss is its own, the new text side adds nothing yet, and both losses fall."""
+    from test_published import forward, state_dict
+
+    torch.save(state_dict(outputs=4), tmp_path / "SiT-tiny.pt")
+    data = dataset()
+    rng = np.random.default_rng(0)
+    data.pixels, data.labels, data.num_classes = rng.integers(0, 255, (50, 8, 8, 4), dtype=np.uint8), rng.integers(0, 5, 50), 5
+    data.text_states, data.text_mask = torch.randn(5, 4, 5), torch.ones(5, 4, dtype=torch.long)
+    model = TransformerSpec("sit", 8, 4, 2, 2, 64, 4, 5, text_tokens=4, text_width=5, vision_width=6, align_depth=1, align_hidden=16,
+                            timestep_scale=-1.0, timestep_offset=1.0)  # fmt: skip
+    config = replace(CONFIG, num_images=32 * 20, start=str(tmp_path / "SiT-tiny.pt"), checkpoint_every=10**9)
+    logs: list[dict] = []
+    loop.train(model, config, data, device=CPU, log=logs.append, checkpoint=lambda step, save: None)
+
+    draws = batches.draw(0, 0, 0, 32, (4, 8, 8), config.class_dropout, True, False, CPU)
+    batch = batches.gather(data, batches.image_order(0, 0, 32, 50), draws, align=False)
+    t = draws.uniform_t
+    x_t = (1 - t).reshape(-1, 1, 1, 1) * batch["z"] + t.reshape(-1, 1, 1, 1) * draws.noise
+    velocity = -forward(state_dict(outputs=4), x_t, 1 - t, batch["label"])  # theirs goes from noise to data
+    assert logs[0]["loss"] == pytest.approx((velocity - (draws.noise - batch["z"])).square().mean().item(), rel=1e-4)
+    assert logs[-1]["loss"] < 0.8 * logs[0]["loss"] and logs[-1]["loss_align"] < logs[0]["loss_align"]
+
+
 def test_divergence_says_what_it_saw(tmp_path: Path) -> None:
     data = dataset()
     data.text_states = torch.full((3, 4, 5), math.nan)
@@ -254,6 +296,35 @@ def test_logs_say_what_they_are_of(tmp_path: Path) -> None:
     logs = Run(tmp_path, replace(CONFIG, num_images=64, warmup_images=128)).logs
     assert [log["lr"] for log in logs] == [CONFIG.lr / 4, CONFIG.lr / 2]
     assert all(log["workers"] == 1 and 0 <= log["data_wait_share"] <= 1 and log["images_per_sec"] > 0 for log in logs)
+
+
+def test_time_is_taken_when_the_device_has_done_its_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's device is 30 ms behind its host, which waits for it at logs and before and after previews alone."""
+    behind, queued, waits = 0.03, 0, 0
+    step = torch.optim.AdamW.step
+
+    def step_behind(*args: object, **kwargs: object) -> object:
+        nonlocal queued
+        queued += 1
+        return step(*args, **kwargs)  # type: ignore[arg-type]
+
+    def wait(device: torch.device) -> None:
+        nonlocal queued, waits
+        time.sleep(behind * queued)
+        queued, waits = 0, waits + 1
+
+    def preview(images: int, model: torch.nn.Module) -> None:
+        nonlocal queued
+        assert queued == 0, "what training had under way is training's time"
+        queued = 40  # and what the preview leaves is not
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_behind)
+    monkeypatch.setattr(loop, "_wait", wait)
+    config = replace(CONFIG, log_every=32 * 4, preview_every=32 * 7, checkpoint_every=10**9)
+    logs = Run(tmp_path, config, knobs={"preview": preview}).logs
+    seconds = [32 * 4 / log["images_per_sec"] for log in logs]
+    assert len(seconds) == 3 and all(4 * behind <= each < 4 * behind + 1 for each in seconds), seconds
+    assert waits == 3 + 2
 
 
 def test_batches_come_in_order_ahead_and_bounded() -> None:
@@ -345,15 +416,30 @@ def test_shares_are_whole_blocks_that_cover_the_batch() -> None:
     assert [batches.share(128, rank, 2) for rank in range(2)] == [(0, 64), (64, 128)]
 
 
-def _process(rank: int, folder: str, config: TrainConfig, world_size: int) -> None:
+class Wrapped(torch.nn.parallel.DistributedDataParallel):
+    """The real one, which holds what each step would wait for or carry along."""
+
+    made: ClassVar[list[weakref.ref]] = []
+
+    def __init__(self, *args: object, **kwargs: object):
+        assert not kwargs.get("find_unused_parameters"), "the host would wait to hear what every process used"
+        assert not any(ref() for ref in self.made), "an earlier one's buckets and hooks"
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.made.append(weakref.ref(self))
+
+
+def _process(rank: int, folder: str, config: TrainConfig, world_size: int, resumes: tuple[Path | None, ...] = (None,)) -> None:
     torch.set_num_threads(1)
+    torch.nn.parallel.DistributedDataParallel = Wrapped  # type: ignore[misc]
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    logs: list[dict] = []
-    loop.train(
-        spec(), config, dataset(), device=CPU, rank=rank, world_size=world_size, micro_batch=20, log=logs.append,
-        checkpoint=lambda step, save: None,
-    )  # fmt: skip
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(logs))
+    for number, resume in enumerate(resumes):
+        logs: list[dict] = []
+        model = loop.train(
+            spec(), config, dataset(), device=CPU, rank=rank, world_size=world_size, micro_batch=20, log=logs.append,
+            checkpoint=lambda step, save: None, resume=resume,
+        )  # fmt: skip
+        (Path(folder) / f"{number}-{rank}.json").write_text(json.dumps(logs))
+        torch.save(model.state_dict(), Path(folder) / f"{number}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -363,12 +449,43 @@ def test_processes_train_the_same_run_whatever_their_shares(tmp_path: Path) -> N
     config = replace(CONFIG, num_images=batch * 12, batch_size=batch, log_every=batch, checkpoint_every=10**9)
     one = Run(tmp_path / "one", config).logs
     torch.multiprocessing.spawn(_process, (str(tmp_path), config, world_size), nprocs=world_size)
-    several = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world_size)]
+    several = [json.loads((tmp_path / f"0-{rank}.json").read_text()) for rank in range(world_size)]
     for logs in several:
         assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in one], rel=1e-5)
         assert [log["loss_align"] for log in logs] == pytest.approx([log["loss_align"] for log in one], rel=1e-4)
         assert [log["grad_norm"] for log in logs] == pytest.approx([log["grad_norm"] for log in one], rel=1e-4)
         assert [log["images_per_sec"] for log in logs] == [log["images_per_sec"] for log in several[0]], "by which they decide alike"
+
+
+def test_alignment_ends_for_several_processes_as_for_one(tmp_path: Path) -> None:
+    """In the middle of a run and before a resumed one begins. The head stays what it was, without decay and moments."""
+    batch = 64
+    config = replace(
+        CONFIG,
+        num_images=batch * 10,
+        batch_size=batch,
+        log_every=batch,
+        checkpoint_every=batch * 4,
+        align_until=batch * 6,
+        weight_decay=0.1,
+    )
+    one = Run(tmp_path / "one", config)
+    aligned, ended = (state.weights(one.states[step], "model") for step in (4, 8))
+    last = one.model.state_dict()
+    assert [log["loss_align"] != 0 for log in one.logs] == [True] * 6 + [False] * 4
+    for name, value in last.items():
+        assert torch.equal(value, ended[name]) == name.startswith("align_head"), name
+        assert not torch.equal(value, aligned[name]), name
+    torch.multiprocessing.spawn(_process, (str(tmp_path), config, 2, (None, one.states[4], one.states[8])), nprocs=2)
+    for number, begin in enumerate((0, 4, 8)):
+        for rank in range(2):
+            logs = json.loads((tmp_path / f"{number}-{rank}.json").read_text())
+            for name in ("loss", "loss_align", "grad_norm"):
+                assert [log[name] for log in logs] == pytest.approx([log[name] for log in one.logs[begin:]], rel=1e-5), name
+            found = torch.load(tmp_path / f"{number}-{rank}.pt")
+            # A bias of the keys changes no attention: its gradient is rounding, of which AdamW makes steps.
+            apart = {name: float((value - found[name]).abs().max()) for name, value in last.items() if "qkv.bias" not in name}
+            assert max(apart.values()) < 1e-6, apart
 
 
 def test_a_batch_of_fewer_blocks_than_workers_is_refused() -> None:

@@ -11,8 +11,12 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
+import traceback
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +36,9 @@ from d2c_ray.training.loop import crosses
 NAME = "checkpoints"
 KEPT = "kept"
 INDEX = "checkpoint_manager_snapshot.json"
+TRIES = 3  # to write a state to a remote storage, each with storage.attempts a request
+CHUNK_BYTES, CHUNKS = 16 << 20, 8  # a part of an upload, and how many are on their way at most
+PAUSE_SEC = 1.0  # before the second try, and twice that before the third
 
 
 @dataclass(frozen=True)
@@ -145,8 +152,8 @@ class Uploads:
 
     def __init__(self, place: Place, rank: int, keep_every: int, batch: int):
         self._place, self._rank, self._keep_every, self._batch = place, rank, keep_every, batch
-        self._idle = threading.Event()
-        self._idle.set()
+        self._last_done = threading.Event()
+        self._last_done.set()
 
     def __call__(self, step: int, save: state.Saver) -> None:
         """As `loop.train` calls it. Returns when the state is copied; what is later than that does not change it."""
@@ -154,33 +161,70 @@ class Uploads:
             # A barrier: every worker reports, rank 0 brings the state.
             ray.train.report({"step": step}, checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC)
             return
-        self._idle.wait()  # so that one copy of the state is in memory at most
-        taken = save.snapshot()
-        self._idle.clear()
+        self._last_done.wait()  # so that one copy of the state is in memory at most
         images = step * self._batch
         keep = self._keep_every and crosses(images, self._batch, self._keep_every)
+        upload = _Upload(self._place, save.snapshot(), f"{self._place.path}/{KEPT}/images-{images:09d}" if keep else "")
+        done = self._last_done = upload.done
+        # Without a call too: Ray drops it where a report comes to nothing, since another worker has died.
+        weakref.finalize(upload, done.set)
+        try:
+            ray.train.report(
+                {"step": step},
+                # Ray's own file system, which it compares the new checkpoint's with; `upload` gives that one its path.
+                checkpoint=Checkpoint(self._place.path, filesystem=ray.train.get_context().get_storage().storage_filesystem),
+                checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+                checkpoint_upload_fn=upload,
+                delete_local_checkpoint_after_upload=False,  # there is none, and the path is the whole place's
+            )
+        except BaseException:
+            done.set()
+            raise
 
-        def upload(known: Checkpoint, name: str) -> Checkpoint:
-            nonlocal taken
+
+class _Upload:
+    """Brings one state to its storage; a `checkpoint_upload_fn`.
+
+    What a storage refuses is tried again here, however Ray takes the error. Ray calls again after some errors, how often is
+    its own affair: by then the state has left the memory, and the same error is raised again.
+
+    Attributes:
+        done: set when the state is no longer held, whether it was written or not.
+    """
+
+    def __init__(self, place: Place, taken: state.Snapshot, kept: str):
+        self._place, self._kept = place, kept
+        self._taken: state.Snapshot | None = taken
+        self._error: Exception | None = None
+        self.done = threading.Event()
+
+    def __call__(self, known: Checkpoint, name: str) -> Checkpoint:
+        path = f"{self._place.path}/{NAME}/{name}"
+        try:
+            self._bring(path)
+        finally:
+            self._taken = None  # Ray may hold on to this function
+            self.done.set()
+        return Checkpoint(path, filesystem=known.filesystem)
+
+    def _bring(self, path: str) -> None:
+        if self._error is not None:
+            raise self._error
+        assert self._taken is not None
+        for left in reversed(range(TRIES)):
             try:
-                path = f"{self._place.path}/{NAME}/{name}"
                 self._place.filesystem.create_dir(path)
-                _write(self._place, path, taken)
-                if keep:
-                    _keep(self._place, path, f"{self._place.path}/{KEPT}/images-{images:09d}", taken)
-                return Checkpoint(path, filesystem=known.filesystem)
-            finally:
-                del taken  # Ray may hold on to this function
-                self._idle.set()
-
-        ray.train.report(
-            {"step": step},
-            # Ray's own file system, which it compares the new checkpoint's with; `upload` gives that one its path.
-            checkpoint=Checkpoint(self._place.path, filesystem=ray.train.get_context().get_storage().storage_filesystem),
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=upload,
-            delete_local_checkpoint_after_upload=False,  # there is none, and the path is the whole place's
-        )
+                _write(self._place, path, self._taken)
+                break
+            except Exception as error:
+                # The frames of an error that somebody keeps would keep the state too.
+                traceback.clear_frames(error.__traceback__)
+                if not left or self._place.local is not None or not isinstance(error, OSError):
+                    self._error = error
+                    raise
+            time.sleep(PAUSE_SEC * 2 ** (TRIES - 1 - left))
+        if self._kept:
+            _keep(self._place, path, self._kept, self._taken)
 
 
 def _write(place: Place, path: str, taken: state.Snapshot) -> None:
@@ -190,9 +234,12 @@ def _write(place: Place, path: str, taken: state.Snapshot) -> None:
     with tempfile.TemporaryDirectory() as folder:
         taken.write(Path(folder))
         for name in (state.STATE, state.META):
-            fs.copy_files(
-                str(Path(folder) / name), f"{path}/{name}", destination_filesystem=place.filesystem, chunk_size=16 << 20, use_threads=False
-            )
+            # Not by fs.copy_files, which loses the error of a part that is refused when the file is closed.
+            with open(Path(folder) / name, "rb") as source, place.filesystem.open_output_stream(f"{path}/{name}") as target:
+                for number, chunk in enumerate(iter(partial(source.read, CHUNK_BYTES), b""), start=1):
+                    target.write(chunk)
+                    if number % CHUNKS == 0:
+                        target.flush()  # or all that is not sent yet waits in memory, a second state on a slow storage
 
 
 def _keep(place: Place, source: str, target: str, taken: state.Snapshot) -> None:

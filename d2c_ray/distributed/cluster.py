@@ -99,9 +99,19 @@ def gpu_name() -> str:
     return "+".join(kinds) or "GPU"
 
 
-def train_on_gpus() -> bool:
-    """Whether trainings run on GPUs: if the cluster has any."""
-    return total_gpus() > 0
+def train_on_gpus(resources: ResourcesConfig) -> bool:
+    """Whether trainings run on GPUs: as resources.train_gpus says, else if the cluster has any or actors wait for some."""
+    if resources.train_gpus >= 0:
+        return resources.train_gpus > 0
+    return _gpus_per_actor(resources) > 0 or total_gpus() > 0
+
+
+def training_waits_for(workers: int, on_gpus: bool) -> str:
+    """In words, what a training that has shown no step yet waits for."""
+    have = sum(gpus if on_gpus else cpus for cpus, gpus in nodes())
+    if have < workers:
+        return f"waiting for capacity: {workers} {'GPUs' if on_gpus else 'CPUs'} asked for, the cluster has {have:g}"
+    return "starting"
 
 
 def places(resources: ResourcesConfig) -> int:
@@ -184,10 +194,12 @@ def preflight(resources: ResourcesConfig, pools: int = 1) -> None:
             f"{wanted.actors} actors of one CPU and one free CPU for decoding want {wanted.actors + 1} CPUs; Ray has {cpus:g} ({_listed(alive)}). "
             f"resources.actors={max(1, int(cpus) - 1)}, or more logical CPUs (resources.num_cpus={wanted.actors + 1} on a local Ray), would do. {grows}"
         )
+    on_gpus = train_on_gpus(resources)
+    have, what = (gpus, "GPUs") if on_gpus else (cpus, "CPUs")
     for knob, workers in (("train_workers", resources.train_workers), ("teacher_workers", resources.teacher_workers)):
-        have, what = (gpus, "GPUs") if gpus else (cpus, "CPUs")
         if min(workers, resources.train_workers_min or workers) > have:  # an elastic training starts with what there is
-            raise UserError(f"resources.{knob}={workers} wants {workers} {what}; the cluster has {have:g}.")
+            ways = f" resources.train_gpus=0 trains on CPUs. {grows}" if on_gpus else ""
+            raise UserError(f"resources.{knob}={workers} wants {workers} {what}; the cluster has {have:g}.{ways}")
 
 
 def _listed(alive: list[tuple[float, float]]) -> str:

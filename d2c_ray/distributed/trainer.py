@@ -5,19 +5,23 @@ interruption finds them and goes on at the next image, on as many workers as the
 """
 
 import json
+import math
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from d2c_ray.config import Config, ModelConfig, StorageConfig, TrainConfig, dotted
 from d2c_ray.data import condensed
@@ -47,8 +51,8 @@ def condensed_facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / SUCCESS).read_text())["facts"]
 
 
-def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: Path, workers: int) -> None:
-    """Trains a model on the condensed dataset at `data` and leaves it in the folder `job.out/model`."""
+def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: Path, workers: int) -> int:
+    """Trains a model on the condensed dataset at `data`, leaves it in the folder `job.out/model`, and says how many images it was shown."""
     if options.start:
         options = replace(options, start=published.absolute(options.start))  # a worker may work in another folder
     facts = condensed_facts(data)
@@ -60,19 +64,22 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
         model, facts["latent"], num_classes, (text[0].shape[1], text[0].shape[2]) if text else None, vision_width, options.start
     )
     metrics = job.out / METRICS
-    use_gpu = cluster.train_on_gpus()
+    use_gpu = cluster.train_on_gpus(job.config.resources)
     if options.precision == "bf16" and not use_gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         print(f"d2c: {title}: this CPU only emulates bf16, which is many times slower than fp32: set precision=fp32", file=sys.stderr)
     trackers = Trackers(
         job.config.tracking, job.out, f"{job.config.run.name}: {title}", f"{job.config.run.name}-{job.out.name}", dotted(job.config)
     )
+    least = min(job.config.resources.train_workers_min or workers, workers)
+    shown = math.ceil(options.num_images / options.batch_size) * options.batch_size  # whole steps
     with (
-        job.progress(options.num_images, done=_last(metrics).get("images", 0), title=title) as progress,
-        _Watch(metrics, progress, trackers),
+        job.progress(shown, done=_last(metrics).get("images", 0), title=title) as progress,
+        _Watch(metrics, progress, trackers, partial(cluster.training_waits_for, least, use_gpu)),
     ):
         checkpoint = fit(job.config, spec.to_dict(), options, data, facts, job.out, workers, use_gpu, encoders)
     with checkpoint.as_directory() as folder:
         _export(job, Path(folder), spec, options, facts, text)
+        return _images(Path(folder))
 
 
 def _export(job: Job, checkpoint: Path, spec: TransformerSpec, options: TrainConfig, facts: dict[str, Any], text: Any) -> None:
@@ -82,7 +89,7 @@ def _export(job: Job, checkpoint: Path, spec: TransformerSpec, options: TrainCon
         job.out / MODEL, spec, {"raw": raw, **{name: {**raw, **state.weights(checkpoint, name)} for name in averages}},
         {
             "class_names": facts["class_names"], "labels": facts["labels"], "latent": facts["latent"], "image_size": job.config.data.image_size,
-            "text_strength": options.text_strength, "ema_decay": options.ema_decay, "images": options.num_images, "fingerprint": job.fingerprint,
+            "text_strength": options.text_strength, "ema_decay": options.ema_decay, "images": _images(checkpoint), "fingerprint": job.fingerprint,
         },
         {"states": text[0].contiguous(), "mask": text[1].contiguous()} if text else None,
     )  # fmt: skip
@@ -150,6 +157,8 @@ def fit(
         with _start_timeout(elastic):
             result = trainer.fit()
     except TrainingFailedError:
+        if not resources.keep_cache:
+            _drop_copies(str(data), resources.cache_dir)
         _raise_failed(out)
         raise
     _raise_failed(out)
@@ -183,19 +192,35 @@ def _raise_failed(out: Path) -> None:
 
 
 def _worker(args: dict[str, Any]) -> None:
-    out, alone = Path(args["out"]), ray.train.get_context().get_world_size() == 1
-    if (out / FAILED).is_file():
-        return  # on another attempt it would only come again
     from d2c_ray.training import loop
 
-    try:
-        _train(args, out)
-    except UserError as error:
-        # To raise it would have Ray start the workers again.
-        write_text(out / FAILED, json.dumps({"error": str(error)}))
-        if alone or isinstance(error, loop.Diverged):
-            return
-        raise  # the other workers are still at work, and only a failure ends them
+    out, context = Path(args["out"]), ray.train.get_context()
+    if not (out / FAILED).is_file():  # on another attempt it would only come again
+        try:
+            _train(args, out)
+        except UserError as error:
+            # To raise it would have Ray start the workers again.
+            write_text(out / FAILED, json.dumps({"error": str(error)}))
+            if context.get_world_size() > 1 and not isinstance(error, loop.Diverged):
+                raise  # the other workers are still at work, and only a failure ends them
+    # Training is over. After a failure that is not the last, the copy is what the next attempt trains from.
+    if context.get_local_rank() == 0 and not args["keep_cache"]:
+        _drop_copy(args["data"], args["cache_dir"])
+
+
+def _drop_copy(data: str, cache_dir: str) -> None:
+    """Removes this node's copy of the dataset, if it can; how the training ended is what matters."""
+    with suppress(UserError, OSError):
+        condensed.drop_cache(data, cache_dir)
+
+
+def _drop_copies(data: str, cache_dir: str) -> None:
+    """The same on every node, when no worker is left to do it."""
+    drop: Any = ray.remote(num_cpus=0, max_retries=0)(_drop_copy)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    started = [drop.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(data, cache_dir) for node in nodes]
+    with suppress(RayError):
+        ray.get(started, timeout=60)
 
 
 def _train(args: dict[str, Any], out: Path) -> None:
@@ -233,22 +258,17 @@ def _train(args: dict[str, Any], out: Path) -> None:
             log=log, checkpoint=upload, urgent=notice, preview=preview,
         )  # fmt: skip
 
-    try:
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None and args["mended"]:
-            mended = Path(args["mended"])
-            # Ray does not know of it, and a training without a step left would report nothing more.
-            upload(_step(mended), state.Saver(lambda: state.read(mended)))
-            run(mended)
-        elif checkpoint is None:
-            run(None)
-        else:
-            with checkpoint.as_directory() as folder:
-                run(Path(folder))
-    finally:
-        if context.get_local_rank() == 0 and not args["keep_cache"]:
-            with suppress(UserError, OSError):  # which would hide how the training ended
-                condensed.drop_cache(args["data"], args["cache_dir"])
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None and args["mended"]:
+        mended = Path(args["mended"])
+        # Ray does not know of it, and a training without a step left would report nothing more.
+        upload(_step(mended), state.Saver(lambda: state.read(mended)))
+        run(mended)
+    elif checkpoint is None:
+        run(None)
+    else:
+        with checkpoint.as_directory() as folder:
+            run(Path(folder))
 
 
 class _Notice:
@@ -318,10 +338,13 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 class _Watch:
-    """Follows a metrics file, which the workers write, in a thread: for the progress line and for trackers."""
+    """Follows a metrics file, which the workers write, in a thread: for the progress line and for trackers.
 
-    def __init__(self, metrics: Path, progress: Progress, trackers: Trackers):
-        self._lines, self._progress, self._trackers = Tail(metrics), progress, trackers
+    Until there is a first line, the progress line says what `waiting` does.
+    """
+
+    def __init__(self, metrics: Path, progress: Progress, trackers: Trackers, waiting: Callable[[], str]):
+        self._lines, self._progress, self._trackers, self._waiting = Tail(metrics), progress, trackers, waiting
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -344,7 +367,7 @@ class _Watch:
         if records:
             self._progress.at(records[-1]["images"], f"loss {float(records[-1]['loss']):.3f}")
         elif not self._lines.read:
-            self._progress.at(self._progress.done, "starting")
+            self._progress.at(self._progress.done, self._waiting() if ray.is_initialized() else "starting")
 
 
 class Tail:

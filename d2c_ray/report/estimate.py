@@ -81,7 +81,7 @@ def _student(found: dict[str, Any]) -> list[str]:
         f"images: {found['images']:,} of {found['of']:,}; training shows {found['shown']:,} in {found['steps']:,} steps of {found['batch_size']:,} ({found['epochs']:,.1f} epochs)",
         f"training: {compute['total']:.3g} FLOPs ({compute['forwards']} forwards, 2 FLOPs a multiply-add)",
     ]
-    for name, flops in compute["encoders"].items():
+    for name, flops in compute["encoders"].items() if compute["total"] else ():  # nothing has no parts
         lines.append(f"  {flops / compute['total']:.1%} of it {name}, which encodes while training")
     for name in compute["unknown"]:
         lines.append(f"  and {name}, which encodes while training and whose FLOPs are not known")

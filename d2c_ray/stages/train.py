@@ -7,5 +7,5 @@ from d2c_ray.job import Job, Result
 def run(job: Job) -> Result:
     config = job.config
     rows = job.inputs["attach"].success()["rows_done"]
-    trainer.train(job, job.title, config.model, config.train, job.inputs["attach"].path, config.resources.train_workers)
-    return Result(rows, rows, 0, {"metrics": "metrics.jsonl", "images": config.train.num_images, "ema_decay": config.train.ema_decay})
+    shown = trainer.train(job, job.title, config.model, config.train, job.inputs["attach"].path, config.resources.train_workers)
+    return Result(rows, rows, 0, {"metrics": "metrics.jsonl", "images": shown, "ema_decay": config.train.ema_decay})

@@ -97,15 +97,6 @@ def train(
     if config.compile:
         for block in model.blocks:
             block.compile()  # one graph for all blocks; DDP still sees each block's gradients as they come
-    run_model: torch.nn.Module = model
-    if world_size > 1:
-        run_model = torch.nn.parallel.DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,  # one copy of the gradients less
-            find_unused_parameters=data.aligned and bool(config.align_until),
-            **_NO_SYNC,
-        )
     text = data.text_states.to(device) if data.text_states is not None else None
     text_mask = data.text_mask.to(device) if data.text_mask is not None else None
     objective = diffusion.objective(spec.kind, spec.path)
@@ -121,6 +112,19 @@ def train(
 
     def facts() -> dict[str, Any]:
         return {"images": images_at(step), "spec": spec.to_dict()}
+
+    def wrapped(align_now: bool) -> torch.nn.Module:
+        """The model as steps run it. The alignment head takes part in all of them, or is frozen: no process asks which parameters were used."""
+        if model.align_head is not None:
+            model.align_head.requires_grad_(align_now)
+        if world_size == 1:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # one copy of the gradients less
+            **_NO_SYNC,
+        )
 
     save = state.Saver(lambda: state.snapshot(model, averages, optimizer, step, facts()))
     gatherer = batches.Gatherer(device)
@@ -154,12 +158,16 @@ def train(
 
     if num_steps == 0 and resume is None:
         checkpoint(0, save)
+    run_model, wrapped_aligned = wrapped(aligns(step)), aligns(step)
     since = _Since(device, rank, world_size, step)
     with _precision(config.precision), Prefetch(make, range(step, num_steps), device) as ahead:
         while step < num_steps:
             images, align_now = images_at(step), aligns(step)
             batch = ahead.take()
             optimizer.zero_grad(set_to_none=True)
+            if align_now != wrapped_aligned:
+                run_model = model  # its wrapper goes before there is another, with its buckets and hooks
+                run_model, wrapped_aligned = wrapped(align_now), align_now
             count = stop - first
             chunks = range(0, count, micro_batch or count)
             losses = torch.zeros(2, device=device)
@@ -192,9 +200,11 @@ def train(
                     _log(log, since, spec, config, step, ahead.waited_sec, lr)
                 checkpoint(step, save)
             if preview is not None and rank == 0 and config.preview_every and crosses(images, config.batch_size, config.preview_every):
+                _wait(device)
                 paused = time.perf_counter()
                 shown = shown or _shown(spec, averages[state.EMA], device)
                 preview(images, shown)
+                _wait(device)
                 since.time += time.perf_counter() - paused
     return model
 
@@ -225,6 +235,8 @@ class _Since:
 
 
 def _log(log: Log, since: _Since, spec: TransformerSpec, config: TrainConfig, step: int, waited_sec: float, lr: float) -> None:
+    # What the device has not done yet is of these steps: the next ones' time begins behind it.
+    _wait(since.device)
     seconds = time.perf_counter() - since.time
     # The seconds are those of rank 0, which alone makes previews and leaves their time out. What processes decide by these
     # numbers is the same everywhere, since the numbers are.
@@ -244,6 +256,12 @@ def _log(log: Log, since: _Since, spec: TransformerSpec, config: TrainConfig, st
         f"training diverged between images {images - shown} and {images}: loss {loss}, gradient norm {grad_norm}, "
         f"lr {config.lr}, precision {config.precision}. A lower train.lr, train.warmup_images or train.precision=fp32 would do."
     )
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has taken the steps it was given. Batches that are made ahead, on a stream of their own, are none."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _finite(values: list[float]) -> bool:
@@ -301,5 +319,5 @@ def _set_lr(optimizer: torch.optim.Optimizer, config: TrainConfig, images: int) 
 
 
 def crosses(images: int, batch: int, every: int) -> bool:
-    """Whether the step that ended at `images` passed a multiple of `every`."""
-    return images // every > (images - batch) // every
+    """Whether the step that ended at `images` passed a multiple of `every`; none ends at 0."""
+    return images // every > max(0, images - batch) // every
