@@ -286,7 +286,7 @@ class ResourcesConfig:
     rows_per_task: int = 256  # images a decode task
     rows_per_partition: int = 10_000_000  # scores ranked at once; with more than that, select runs on Ray
     train_workers: int = 1  # a training
-    # Elastic: fewer workers will do, down to so many. More join as there is room, which each time costs the steps since the last checkpoint.
+    # Elastic: fewer workers will do, down to so many. More join as there is room: all start again from a checkpoint.
     train_workers_min: int = 0  # 0: train_workers, always
     train_gpus: int = -1  # a training worker: 0 | 1; -1: 1 where the cluster has GPUs, or actors are to have them (gpus_per_actor above 0)
     teacher_workers: int = 1

@@ -1,5 +1,6 @@
 """Training on a real local Ray: workers, drivers and nodes that die, other numbers of workers, storages near and far."""
 
+import itertools
 import json
 import os
 import shutil
@@ -243,34 +244,43 @@ def test_a_killed_driver_costs_no_bit(local_ray: None, data: Path, undisturbed: 
     same_state(undisturbed, Path(result.path))
 
 
-def test_a_drained_node_takes_little_with_it(data: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Two of up to three workers start, since there is room for two; one's node is drained, and the other goes on alone.
+def test_workers_come_and_go_with_their_nodes(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """One of up to three workers starts, since there is room for one. A node comes and brings another; it is drained, and the first goes on.
 
-    It goes on from where the notice came: there is no other checkpoint.
+    Both times the training goes on from where the node's coming or the notice of its going was seen: there is no other checkpoint.
     """
     out = tmp_path / "out"
     (tmp_path / "driver.py").write_text(
         textwrap.dedent(f"""
-        import os, sys, threading, time
+        import json, os, sys, threading, time
         from dataclasses import replace
         from pathlib import Path
         import ray
         from ray.cluster_utils import Cluster
         from ray.core.generated import autoscaler_pb2
-        from test_train_ray import TRAIN, fit, losses_so_far, once
+        from d2c_ray.distributed import trainer
+        from test_train_ray import BATCH, TRAIN, fit, once, workers_of
 
-        def drain(cluster, node):
-            once(lambda: len(losses_so_far(Path({str(out)!r}))) > 10)
+        def come_and_go(cluster):
+            out = Path({str(out)!r})
+            once(lambda: workers_of(out).count(1) > 15)
+            node = cluster.add_node(num_cpus=1)
+            once(lambda: workers_of(out).count(2) > 10)
             reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
             deadline = int(time.time() * 1000) + 9000
             print(ray._raylet.GcsClient(address=cluster.address).drain_node(node.node_id, reason, "taken back", deadline), flush=True)
 
         if __name__ == "__main__":
+            trainer.GROW_SEC = 6.0
             cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 0, "include_dashboard": False}})
-            nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+            cluster.add_node(num_cpus=1)
             ray.init(address=cluster.address, log_to_driver=False)
-            threading.Thread(target=drain, args=(cluster, nodes[1]), daemon=True).start()
-            fit(Path({str(data)!r}), Path({str(out)!r}), replace(TRAIN, checkpoint_every=10**9, keep_every=0), 3, train_workers_min=1, micro_batch=1)
+            train = replace(TRAIN, num_images=BATCH * 10_000, checkpoint_every=10**9, keep_every=0)
+            args = Path({str(data)!r}), Path({str(out)!r}), train, 3
+            training = threading.Thread(target=fit, args=args, kwargs=dict(train_workers_min=1, micro_batch=1), daemon=True)
+            training.start()
+            come_and_go(cluster)  # in the main thread, where alone nodes can be started
+            training.join()
         """)
     )
     environment = os.environ | {
@@ -279,15 +289,13 @@ def test_a_drained_node_takes_little_with_it(data: Path, undisturbed: Path, tmp_
     }  # fmt: skip
     driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")], env=environment)
 
-    def workers() -> list[int]:
-        try:
-            return [json.loads(line)["workers"] for line in losses_so_far(out)]
-        except json.JSONDecodeError:  # a line that is being written
-            return []
+    def turns() -> list[tuple[int, int]]:
+        """Numbers of workers in the order they took steps, and how many steps each took."""
+        return [(workers, len(list(steps))) for workers, steps in itertools.groupby(workers_of(out))]
 
     try:
-        once(lambda: workers().count(1) >= 20 or driver.poll() is not None, 400)
-        seen = workers()
+        once(lambda: (len(turns()) == 3 and turns()[2][1] >= 20) or driver.poll() is not None, 250)
+        seen, lines = turns(), losses_so_far(out)
     finally:
         family = psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
         driver.kill()
@@ -295,10 +303,19 @@ def test_a_drained_node_takes_little_with_it(data: Path, undisturbed: Path, tmp_
         for child in family:
             if child.is_running():
                 child.kill()
-    assert seen == sorted(seen, reverse=True) and seen.count(2) > 10 and seen.count(1) >= 20
+    assert [workers for workers, _ in seen] == [1, 2, 1] and all(steps > 10 for _, steps in seen), seen
     expected = losses(undisturbed)
-    for record in map(json.loads, losses_so_far(out)[: seen.count(2) + 20]):
+    for record in map(json.loads, lines[: len(expected)]):
         assert record["loss"] == pytest.approx(expected[record["images"]], rel=1e-5)
+    assert sum(steps for _, steps in seen[:2]) < len(expected), "each turn is among what was compared"
+
+
+def workers_of(out: Path) -> list[int]:
+    """How many workers took each step so far."""
+    try:
+        return [json.loads(line)["workers"] for line in losses_so_far(out)]
+    except json.JSONDecodeError:  # a line that is being written
+        return []
 
 
 def test_other_numbers_of_workers_go_on_with_the_same_run_on_s3(
@@ -347,6 +364,17 @@ def test_what_would_only_come_again_is_raised_and_not_tried_again(local_ray: Non
     assert type(raised.value) is UserError
     (record,) = losses_so_far(tmp_path)
     assert json.loads(record)["images"] == 64, "one attempt"
+
+
+def test_a_model_that_is_not_trained_comes_out_as_it_went_in(local_ray: None, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    started = {name: state.weights(undisturbed, name) for name in ("ema", "model")}
+    weights.save(tmp_path / "given", SPEC, {"ema": started["ema"], "raw": started["model"]}, {}, None)
+    options = replace(TRAIN, num_images=0, start=str(tmp_path / "given"))
+    result = fit(data, tmp_path / "out", options)
+    for name in ("ema", "model"):
+        found = state.weights(Path(result.path), name)
+        assert all(torch.equal(value, found[key]) for key, value in started["ema"].items()), name
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"], "nothing is kept for good, and no metrics"
 
 
 def test_a_model_says_how_many_images_it_was_shown(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import ray.train.collective
 import torch
 from ray.exceptions import RayError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -43,6 +44,7 @@ MODEL = "model"
 FAILED = "failed.json"  # what a worker that must not be started again leaves for the driver
 ASK_SEC = 2.0  # between two questions whether a node is about to be taken away: notices may be as short as 10 s
 ASK_FIRST = 10  # steps between them until the first log tells the pace
+GROW_SEC = 60.0  # between two looks of Ray's whether an elastic training can have more workers; then it starts all of them again
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
@@ -140,10 +142,16 @@ def fit(
             "storage": asdict(config.storage),
             "preview": {"sample": config.sample, "report": config.report, "vae": config.vae, "labels": facts["labels"]},
             "mended": str(mended) if mended else "",
+            "use_gpu": use_gpu,
+            "most_workers": workers,
             # cluster.connect says whether Ray watches for it.
             "notices": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0",
         },
-        scaling_config=ScalingConfig(num_workers=(least, workers) if elastic else workers, use_gpu=use_gpu),  # type: ignore[arg-type]
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=(least, workers) if elastic else workers,  # type: ignore[arg-type]
+            use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=GROW_SEC,
+        ),
         run_config=RunConfig(
             # The same name and path find the checkpoints of an interrupted run.
             name=checkpoints.NAME,
@@ -240,7 +248,8 @@ def _train(args: dict[str, Any], out: Path) -> None:
     preview = None
     if train.preview_every:
         preview = _while_it_works(Preview(**args["preview"], text=opened.text, text_strength=train.text_strength, out=out))
-    notice = _Notice(train.batch_size) if args["notices"] else None
+    size, most = context.get_world_size(), args["most_workers"]
+    notice = _Notice(train.batch_size, _Room(size, most, args["use_gpu"]) if size < most else None) if args["notices"] else None
 
     def log(values: dict[str, Any]) -> None:
         if notice is not None:
@@ -274,11 +283,12 @@ def _train(args: dict[str, Any], out: Path) -> None:
 class _Notice:
     """Asks Ray whether a node is about to be taken away: on every worker at the same steps, since that is a barrier.
 
-    The first answer that names a node asks for a checkpoint, so that little is lost when the workers are started again elsewhere.
+    The first answer that names a node asks for a checkpoint, so that little is lost when the workers are started again elsewhere;
+    so does `grown`, where it is given, since Ray starts them again on more nodes too.
     """
 
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, grown: Callable[[], bool] | None = None):
+        self._batch_size, self._grown = batch_size, grown
         self._every = self._left = ASK_FIRST
         self._named: set[str] = set()
 
@@ -295,7 +305,25 @@ class _Notice:
         info = ray.train.get_preemption_info()  # stays the same until the node is gone
         new = set(info.preempted_node_ids) - self._named if info is not None else set()
         self._named |= new
-        return bool(new)
+        return bool(new) | (self._grown is not None and self._grown())
+
+
+class _Room:
+    """Whether nodes have come that hold more workers; the same answer on every worker, who all ask at once.
+
+    Ray tells nobody before it starts an elastic training again with more workers, but it looks every GROW_SEC alone: who sees the
+    room first has time to save the state. Room that others take has cost a checkpoint.
+    """
+
+    def __init__(self, workers: int, most: int, on_gpus: bool):
+        self._room, self._most, self._on_gpus = workers, most, on_gpus
+
+    def __call__(self) -> bool:
+        room = 0
+        if ray.train.get_context().get_world_rank() == 0:
+            room = min(cluster.room(cluster.nodes(), float(self._on_gpus)), self._most)
+        before, self._room = self._room, ray.train.collective.broadcast_from_rank_zero(room)
+        return self._room > before
 
 
 def _while_it_works(preview: Callable[[int, Transformer], None]) -> Callable[[int, Transformer], None]:
