@@ -61,6 +61,10 @@ COMMANDS = {
         "d2c compare configs/quickstart.yaml configs/cifar10_small.yaml",
     ),
     "report": ("Run whatever is missing and write report.html.", "d2c report configs/quickstart.yaml"),
+    "sweep": (
+        "Try budgets, selectors, strengths, whatever field: every point with several seeds, what they share made once.",
+        "d2c sweep configs/sweep_digits.yaml --dry-run",
+    ),
     "import-model": (
         "Make a model folder of published DiT or SiT weights, which can be sampled, scored with and fine-tuned.",
         "d2c import-model DiT-XL-2-256x256.pt models/dit-xl --kind dit",
@@ -107,7 +111,7 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     summary, example = COMMANDS[name]
     needs = (
         ""
-        if name in ("run", "config", "plan", "compare", "import-model", "export-model")
+        if name in ("run", "sweep", "config", "plan", "compare", "import-model", "export-model")
         else "\n\nRuns what it needs first and is not there yet."
     )
     if name in ("verify", "export"):
@@ -149,6 +153,7 @@ for _name in COMMANDS:
         "export-model",
         "evaluate",
         "compare",
+        "sweep",
     ):
         _command(_name)(_stage_command(_name))
 
@@ -356,6 +361,38 @@ def compare(
         print(json.dumps(compare.to_json(found), indent=1))
     else:
         print("\n".join(compare.lines(found)))
+
+
+@_command("sweep")
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, and the hours and bytes that it takes; run nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run, the numbers alone, as JSON.")] = False,
+) -> None:
+    from d2c_ray import sweep as sweeps
+    from d2c_ray.config import load
+    from d2c_ray.report import outcomes
+    from d2c_ray.report import sweep as report
+
+    base = load(config, overrides or [])
+    if dry_run:
+        found = sweeps.forecast(base)
+        if as_json:
+            import json
+
+            print(json.dumps(found, indent=1))
+        else:
+            print("\n".join(report.forecast_lines(found)))
+        return
+    try:
+        done = sweeps.run(base, say=_say)
+    except KeyboardInterrupt:
+        print("d2c: interrupted; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    print("\n".join(report.lines(base, done.folder, outcomes.gather(done.folder, base))))
 
 
 @_command("import-model")

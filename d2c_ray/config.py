@@ -270,6 +270,30 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """What `d2c sweep` tries: every point of the axes with every seed, and for each a random choice of as many images."""
+
+    # Fields and their values: {select.budget: [0.02, 0.08], train.align_weight: [0, 0.5]}. Where points are drawn (search=random,
+    # optuna) a range will do as well: {low: 0.1, high: 2.0, log: true}, {low: 1, high: 9, integer: true}.
+    axes: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # nothing is called better with fewer than three
+    seed_of: list[str] = field(default_factory=lambda: ["train.seed", "select.seed", "sample.seed"])  # fields that a seed sets
+    search: str = "grid"  # grid | random | optuna
+    num_points: int = 20  # random, optuna: points to try
+    search_seed: int = 0  # random, optuna
+    # frechet | kid | precision | recall | density | coverage | inception_score | agreement | cost_seconds. The first decides which
+    # point is best; with several, optuna looks for the best trade of all of them.
+    metrics: list[str] = field(default_factory=lambda: ["frechet"])
+    equal: str = "images"  # what all students are given alike: images (train.num_images) | seconds (of making their data and training)
+    seconds: float = 0.0  # equal=seconds: of every student; teacher, scoring, selecting and attaching count in full
+    random_twins: bool = True  # try every point with select.selector=random as well
+    asha: int = 0  # images after which ASHA first ends the worse trials, then again after `reduction` times as many; 0: off. For tuning
+    reduction: int = 3  # ASHA: one of so many goes on
+    concurrent: int = 0  # trials at once; 0: as many as the cluster has room for
+    max_failures: int = 2  # times that a trial starts again after its process died
+
+
+@dataclass(frozen=True)
 class ResourcesConfig:
     """Knobs that cannot change a result, and so are no part of any fingerprint.
 
@@ -320,6 +344,7 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     # Students to train and compare, by name: what each changes in select, attach, model or train. None: one student.
     arms: dict[str, Any] = field(default_factory=dict)
 
@@ -367,6 +392,8 @@ CHOICES = {
     "sample.class_draw": ("balanced", "random"),
     "sample.precision": ("fp32", "bf16"),
     "resources.train_gpus": (-1, 0, 1),
+    "sweep.search": ("grid", "random", "optuna"),
+    "sweep.equal": ("images", "seconds"),
 }
 
 MOST_IN_A_KID_SUBSET = 10_000
@@ -385,6 +412,7 @@ MINIMUM = {
     "sample.num_images": 1, "sample.steps": 1, "sample.device_batch": 1, "evaluate.image_size": 32,
     "evaluate.neighbours": 1, "evaluate.max_reference": 0, "evaluate.device_batch": 1, "evaluate.kid_subsets": 1, "evaluate.kid_subset_size": 3,
     "evaluate.bootstrap": 0, "evaluate.pairs": 0,
+    "sweep.num_points": 1, "sweep.asha": 0, "sweep.reduction": 2, "sweep.concurrent": 0, "sweep.max_failures": 0,
     "report.classes": 1, "report.images_per_class": 1, "resources.rows_per_task": 1, "resources.train_workers": 1,
     "resources.teacher_workers": 1, "resources.threads": 1, "resources.actors": 0, "resources.train_workers_min": 0, "resources.micro_batch": 0, "resources.max_failures": -1, "resources.max_preemptions": -1, "resources.num_cpus": 0,
     "resources.min_actors": 0, "resources.rows_per_partition": 1, "storage.attempts": 1,
@@ -418,6 +446,8 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(f"the configuration cannot be read: {_first_line(error)}") from error
     if not isinstance(merged, dict):
         raise UserError(f"'{path}' holds a {type(merged).__name__}; a configuration is a mapping of sections.")
+    if "arms" in merged and merged["arms"] is None:  # `arms: null` takes those of a base away, which a merge with nothing would not
+        del merged["arms"]
     config = from_dict(merged)
     if not config.run.name:
         run = {**to_dict(config)["run"], "name": path.stem if path is not None else "run"}
@@ -529,7 +559,7 @@ def arm_configs(config: Config) -> dict[str, Config]:
         _refuse_unknown_keys(changes, Config, "", prefix=f"arms.{name}.")
         values = to_dict(config)
         values["arms"] = {}
-        resolved[name] = from_dict(_merged(values, changes))
+        resolved[name] = from_dict(merged(values, changes))
     return resolved
 
 
@@ -828,10 +858,11 @@ def _containers(node: Any) -> list[Any]:
     return found
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings with `changes` on top."""
     out = dict(base)
     for key, value in changes.items():
-        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from d2c_ray.config import Config
 from d2c_ray.progress import Progress
-from d2c_ray.rundir import StageDir
+from d2c_ray.rundir import SUCCESS, StageDir
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Job:
         out: its own folder; what an interrupted attempt left there is still there.
         fingerprint: its hash.
         title: what to call it in progress lines.
+        lineage: a hash that folders share one of which can be made from another (`plan.LINEAGE`); empty: there are none.
         places: actors or training workers it may run at once.
     """
 
@@ -30,11 +31,18 @@ class Job:
     title: str
     places: int = 1
     seconds_before: float = 0.0
+    lineage: str = ""
     started: float = field(default_factory=time.monotonic)
 
     def facts(self, stage: str) -> dict[str, Any]:
         """The facts an input's stage recorded."""
         return self.inputs[stage].success()["facts"]
+
+    def relatives(self) -> list[StageDir]:
+        """Finished folders beside this one that share its lineage."""
+        pattern = f"{self.out.name.rpartition('-')[0]}-*/{SUCCESS}"
+        found = [StageDir(path.parent) for path in sorted(self.out.parent.glob(pattern)) if path.parent != self.out]
+        return [folder for folder in found if self.lineage and folder.success().get("lineage") == self.lineage]
 
     def progress(self, total: int, unit: str = "images", done: int = 0, title: str = "") -> Progress:
         before = self.seconds_before + time.monotonic() - self.started  # a stage may show several in turn
@@ -43,12 +51,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """`rows_in = rows_done + rows_rejected`, or the stage has failed; `facts` are for later stages and the report."""
+    """`rows_in = rows_done + rows_rejected`, or the stage has failed; `facts` are for later stages and the report.
+
+    seconds_elsewhere: spent for this in another folder, part of which it was made from.
+    """
 
     rows_in: int
     rows_done: int
     rows_rejected: int
     facts: dict[str, Any]
+    seconds_elsewhere: float = 0.0
 
 
 Stage = Callable[[Job], Result]

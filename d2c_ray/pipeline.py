@@ -1,5 +1,6 @@
 """Running a plan: every stage in its folder, side by side where nothing stands between, never twice."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from d2c_ray.errors import UserError, nearest
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
-from d2c_ray.rundir import Lock, versions, write_json, write_text
+from d2c_ray.rundir import Lock, maker, versions, write_json, write_text
 
 ON_RAY = {"teacher", "score", "embed", "attach", "train", "sample", "unguided", "reference", "evaluate"}
+MOST_NAMED = 4  # arms whose names are said; of more their number
 WORKERS_OF = {"train": "train_workers", "teacher": "teacher_workers"}
 Say = Callable[[str], None]
 
@@ -84,7 +86,7 @@ def _run(plan: Plan, upto: str, say: Say, record: bool) -> Plan:
     if record:
         write_text(plan.folder / "config.yaml", to_yaml(config))
     (manifest,) = plan.of("manifest")
-    _run_all([manifest], 1, status, say)
+    run_all([manifest], 1, status, say)
     if upto == "manifest":
         return plan
     plans.check_against_data(plan, manifest.dir.success()["facts"])
@@ -95,11 +97,11 @@ def _run(plan: Plan, upto: str, say: Say, record: bool) -> Plan:
     try:
         if on_ray:
             say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
-            slots = _connect(config, [node.config for node in wanted if node.stage == "attach" and not node.dir.done])
-        _run_all(wanted, slots, status, say)
+            slots = connect(config, [node.config for node in wanted if node.stage == "attach" and not node.dir.done])
+        run_all(wanted, slots, status, say)
     finally:
         if on_ray:
-            _disconnect()
+            disconnect()
     if upto == "report":
         from d2c_ray.stages import report
 
@@ -114,7 +116,7 @@ def _on_ray(node: Node, rows: int) -> bool:
     return node.stage in ON_RAY or (node.stage == "select" and (many or "embed" in node.inputs))
 
 
-def _run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
+def run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
     """Runs nodes as soon as what they read is there, in the order given, on `slots` places (a core or a GPU each).
 
     A training takes a place a worker; any other stage shares what is left with those that could start with it.
@@ -141,7 +143,7 @@ def _schedule(waiting: list[Node], running: dict["Future[float]", tuple[Node, in
             if wanted <= free or not running:
                 free -= wanted
                 waiting.remove(node)
-                running[_in_thread(partial(_run_node, node, wanted, status))] = (node, wanted)
+                running[_in_thread(partial(run_node, node, wanted, status))] = (node, wanted)
         for future in [future for future in running if future.done()]:
             node, share = running.pop(future)
             free += share
@@ -157,7 +159,7 @@ def _schedule(waiting: list[Node], running: dict["Future[float]", tuple[Node, in
 def _abandon(running: list["Future[float]"]) -> None:
     """Takes Ray away from stages that still run beside one that failed, and waits until they have noticed."""
     if running:
-        _disconnect()
+        disconnect()
         wait(running, timeout=20)
 
 
@@ -178,23 +180,35 @@ def _least(node: Node) -> int:
 
 def _title(node: Node, status: "Status") -> str:
     """The stage, and its arms where they differ."""
-    return node.stage if len(node.arms) == status.num_arms else f"{node.stage} {', '.join(node.arms)}"
+    if len(node.arms) == status.num_arms:
+        return node.stage
+    return f"{node.stage} {', '.join(node.arms) if len(node.arms) <= MOST_NAMED else f'for {len(node.arms)}'}"
 
 
-def _run_node(node: Node, share: int, status: "Status") -> float:
+def run_node(node: Node, share: int, status: "Status") -> float:
+    """Makes one stage on `share` places, unless another process makes it meanwhile; gives the seconds that passed."""
+    started = time.monotonic()
+    with maker(node.folder, lambda text: print(f"d2c: {text}", file=sys.stderr, flush=True)):
+        if not node.dir.done:  # by the one that was waited for
+            _make(node, share, status)
+    return time.monotonic() - started
+
+
+def _make(node: Node, share: int, status: "Status") -> None:
     node.folder.mkdir(parents=True, exist_ok=True)
     status.set(node, "running")
     before = node.dir.seconds_so_far()
     started = time.monotonic()
     inputs = {name: given.dir for name, given in node.inputs.items()}
     try:
-        result = stage_function(node.stage)(Job(node.config, inputs, node.folder, node.hash, _title(node, status), share, before))
+        job = Job(node.config, inputs, node.folder, node.hash, _title(node, status), share, before, node.lineage)
+        result = stage_function(node.stage)(job)
         _check_counts(node, result)
         node.dir.finish(
             {
                 "stage": node.stage, "fingerprint": node.hash, "inputs": {name: given.name for name, given in node.inputs.items()},
                 "rows_in": result.rows_in, "rows_done": result.rows_done, "rows_rejected": result.rows_rejected,
-                "seconds": round(before + time.monotonic() - started, 2), "places": share, "device": _device(node), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "seconds": round(before + time.monotonic() - started + result.seconds_elsewhere, 2), **({"lineage": node.lineage} if node.lineage else {}), "places": share, "device": _device(node), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "versions": versions(), "facts": result.facts,
             }
         )  # fmt: skip
@@ -202,7 +216,6 @@ def _run_node(node: Node, share: int, status: "Status") -> float:
         status.set(node, "failed", f"{type(error).__name__}: {error}")
         raise
     status.set(node, "done")
-    return time.monotonic() - started
 
 
 def stage_function(stage: str) -> Stage:
@@ -235,11 +248,16 @@ def _say_stability(facts: dict[str, Any], say: Say) -> None:
         say(f"score: rank stability {stability:.2f} at |T| = {count}: not enough (0.9){more}")
 
 
-def _connect(config: Config, attaching: list[Config]) -> int:
-    """Connects to Ray and returns the places for work that it has."""
+def connect(config: Config, attaching: list[Config], dashboard: bool = False) -> int:
+    """Connects to Ray and returns the places for work that it has.
+
+    Args:
+        attaching: configurations of datasets that will be made.
+        dashboard: a local Ray gets one.
+    """
     from d2c_ray.distributed import attach, cluster
 
-    cluster.connect(config.resources)
+    cluster.connect(config.resources, dashboard)
     cluster.preflight(config.resources, max((attach.pools(own) for own in attaching), default=1))
     return cluster.places(config.resources)
 
@@ -255,7 +273,8 @@ def _device(node: Node) -> str:
     return cluster.gpu_name() or platform.machine()
 
 
-def _disconnect() -> None:
+def disconnect() -> None:
+    """Ends the local Ray, or lets go of the cluster."""
     from d2c_ray.distributed import cluster
 
     cluster.disconnect()

@@ -61,6 +61,7 @@ class Node:
     hash: str
     folder: Path
     arms: list[str] = field(default_factory=list)
+    lineage: str = ""  # as `Job` takes it
 
     @property
     def dir(self) -> StageDir:
@@ -110,17 +111,23 @@ class Plan:
         }
 
 
-def make(config: Config, upto: str = "report") -> Plan:
+def source_fingerprint(config: Config) -> str:
+    """What tells the source's files from others; lists them."""
+    return manifest.fingerprint(manifest.find(config.data, config.storage), config.data, config.storage)
+
+
+def make(config: Config, upto: str = "report", source: str = "") -> Plan:
     """Plans a run, reading no image and starting nothing.
 
     Args:
+        source: as `source_fingerprint` gives it, where it is known; empty: the source is listed.
         upto: the last stage that is wanted; the plan holds it, and else what the report needs, as far as the weights for
             that are at hand.
 
     Raises:
         UserError: a source, a checkpoint or weights that are not there, shapes that do not fit.
     """
-    source = manifest.fingerprint(manifest.find(config.data, config.storage), config.data, config.storage)
+    source = source or source_fingerprint(config)
     folder, last = run_folder(config), upto if upto in STAGES else "evaluate"
     nodes: dict[str, Node] = {}
     arms: dict[str, dict[str, Node]] = {}
@@ -148,14 +155,19 @@ def make(config: Config, upto: str = "report") -> Plan:
             }
             if stage == "manifest":
                 facts["source"] = source
-            digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+            digest = _digest(facts)
             name = f"{FOLDERS.get(stage, stage)}-{digest}"
-            node = nodes.setdefault(name, Node(stage, config_of, given, digest, folder / name))
+            lineage = _digest(LINEAGE[stage](facts)) if stage in LINEAGE else ""
+            node = nodes.setdefault(name, Node(stage, config_of, given, digest, folder / name, lineage=lineage))
             node.arms.append(arm)
             mine[stage] = node
         arms[arm] = mine
     order = list(STAGES)
     return Plan(config, folder, sorted(nodes.values(), key=lambda node: order.index(node.stage)), arms)
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def needs(stage: str, config: Config) -> set[str]:
@@ -329,6 +341,21 @@ STAGES: dict[str, tuple[Callable[[Config], tuple[str, ...]], Callable[[Config], 
     "reference": (_reads("manifest"), _reference),
     "evaluate": (_measured, _evaluate),
 }
+
+
+def _of_any_length(facts: dict[str, Any]) -> dict[str, Any]:
+    """What trainings share one of which goes on where the other ended."""
+    options = {name: value for name, value in facts["config"]["train"].items() if name != "num_images"}
+    return {**facts, "config": {**facts["config"], "train": options}}
+
+
+def _of_any_choice(facts: dict[str, Any]) -> dict[str, Any]:
+    """What condensed datasets share whose images have the same attachments, whichever were chosen."""
+    return {**facts, "inputs": {"manifest": facts["inputs"]["manifest"]}}
+
+
+# Stage: what of its facts folders share one of which can be made from another.
+LINEAGE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"train": _of_any_length, "attach": _of_any_choice}
 
 
 def checked_checkpoint(config: Config) -> tuple[Path, teachers.Facts]:

@@ -10,7 +10,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from d2c_ray.errors import UserError
 
 SUCCESS = "_SUCCESS.json"
 PROGRESS = "_progress.json"
+LOCKS = ".locks"  # of stages, in a run folder
 UMASK = os.umask(0)  # can only be read by setting it, which threads must not do
 os.umask(UMASK)
 
@@ -83,6 +84,28 @@ class StageDir:
     def parts(self, prefix: str = "part-") -> list[Path]:
         """The Parquet files of the table, in order."""
         return sorted(self.path.glob(f"{prefix}*.parquet"))
+
+
+@contextmanager
+def maker(folder: Path, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+    """Holds a stage's folder for one process of a run that has several; waits for another that makes it.
+
+    The operating system lets go of it when that process ends, however it ends: a maker that dies is replaced by who waits.
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder.parent / LOCKS / f"{folder.name}.lock"  # not inside: a dataset ships as it is
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{folder.name} is being made by another process; waiting for it")
+        lock.acquire(poll_interval=0.2)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Lock:

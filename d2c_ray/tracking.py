@@ -183,6 +183,70 @@ class Trackers:
                 getattr(self._open[kind], method)(*values)
 
 
+def trial(options: TrackingConfig, folder: Path, name: str, label: str, parameters: dict[str, Any], measures: dict[str, float]) -> None:
+    """Sends a finished trial of a sweep to all that is switched on, once: what was chosen, and what was measured.
+
+    Args:
+        folder: of the sweep; what was sent is noted below it.
+        name, label: of the trial, for machines and for people.
+    """
+    note = folder / "tracked" / f"{name}.json"
+    sent = _read(note)
+    for kind, send in TRIALS.items():
+        if getattr(options, kind) and sent.get(kind) != measures:
+            unsent: dict[str, Any] = {kind: None}
+            with _Guard(kind, unsent):
+                send(options, folder, name, label, parameters, measures)
+            if kind in unsent:  # and did not fail
+                sent[kind] = measures
+                write_json(note, sent)
+
+
+def _trial_to_tensorboard(
+    options: TrackingConfig, folder: Path, name: str, label: str, parameters: dict[str, Any], measures: dict[str, float]
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    plain = {key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in parameters.items()}
+    writer = SummaryWriter(str(folder / "tensorboard" / name))
+    writer.add_hparams(plain, {f"sweep/{key}": value for key, value in measures.items()}, run_name=".")  # HParams of TensorBoard
+    writer.close()
+
+
+def _trial_to_wandb(
+    options: TrackingConfig, folder: Path, name: str, label: str, parameters: dict[str, Any], measures: dict[str, float]
+) -> None:
+    import wandb
+
+    settings = wandb.Settings(console="off", silent=True)
+    run = wandb.init(
+        project=options.wandb, id=f"trial-{name}", name=label, group=folder.name, config=parameters, dir=str(folder), resume="allow",
+        reinit="create_new", settings=settings,
+    )  # fmt: skip
+    run.summary.update(measures)
+    run.finish()
+
+
+def _trial_to_mlflow(
+    options: TrackingConfig, folder: Path, name: str, label: str, parameters: dict[str, Any], measures: dict[str, float]
+) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=options.mlflow_uri or None)
+    known = client.get_experiment_by_name(options.mlflow)
+    experiment = known.experiment_id if known else client.create_experiment(options.mlflow)
+    run = client.create_run(experiment, run_name=label, tags={"d2c.trial": name, "d2c.sweep": folder.name}).info.run_id
+    for key, value in parameters.items():
+        client.log_param(run, key, value)
+    for key, value in measures.items():
+        client.log_metric(run, key, value)
+    client.set_terminated(run, "FINISHED")
+
+
+# By the field of `tracking`, what sends a sweep's trial.
+TRIALS: dict[str, Callable[..., None]] = {"tensorboard": _trial_to_tensorboard, "wandb": _trial_to_wandb, "mlflow": _trial_to_mlflow}
+
+
 class _Guard:
     """A tracker that fails is dropped, and says so: a training of days does not end because a server is away."""
 

@@ -113,7 +113,7 @@ def local_ray(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """One Ray for all tests that ask for it; it starts after the service, whose credentials its workers inherit."""
     if not ray.is_initialized():
         cluster.connect(ResourcesConfig(num_cpus=6))
-    monkeypatch.setattr(pipeline, "_disconnect", lambda: None)
+    monkeypatch.setattr(pipeline, "disconnect", lambda: None)
 
 
 @pytest.fixture

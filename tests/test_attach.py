@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from d2c_ray import plan as plans
 from d2c_ray.config import Config, ResourcesConfig, load, to_yaml
 from d2c_ray.data import tables
 from d2c_ray.data.decode import decode
+from d2c_ray.data.verify import check
 from d2c_ray.distributed import attach, cluster
 from d2c_ray.distributed.actors import Attacher
 from d2c_ray.errors import UserError
@@ -64,7 +66,7 @@ def whole(cifar10: Path, models: Path, server, tmp_path_factory: pytest.TempPath
         cluster.connect(ResourcesConfig(num_cpus=6))
     config = given(cifar10, models, tmp_path_factory.mktemp("runs"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_disconnect", lambda: None)
+        patch.setattr(pipeline, "disconnect", lambda: None)
         return config, attached(config)
 
 
@@ -262,3 +264,40 @@ def test_an_encoder_is_what_its_weights_are(debug_config, tmp_path: Path) -> Non
         config = debug_config(f"attach.vision.encoder={tmp_path / name}", "attach.vision.image_size=0")
         names[name] = plans.make(config, "attach").of("attach")[0].name
     assert names["one"] == names["copy"] != names["two"]
+
+
+def test_a_dataset_of_fewer_images_is_taken_from_a_larger_one(
+    whole, cifar10: Path, models: Path, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is taken is what attaching to them alone gives; nothing is encoded for it, and its part of that work is charged."""
+    fewer = ("select.budget=12", "attach.rows_per_part=5")  # parts that do not lie on the larger one's
+    larger = given(cifar10, models, tmp_path / "taken", "attach.rows_per_part=5")
+    alone = attached(given(cifar10, models, tmp_path / "alone", *fewer))
+    every = attached(larger)
+    with monkeypatch.context() as patch:
+        patch.setattr(attach, "attach", None)
+        patch.setattr(attach, "start_text", None)
+        taken = attached(given(cifar10, models, tmp_path / "taken", *fewer))
+    assert taken.path.name == alone.path.name
+    assert taken.success()["facts"]["taken_from"] == every.path.name
+    assert [path.name for path in taken.parts()] == [path.name for path in alone.parts()] and len(taken.parts()) > 2
+    for one, other in zip(taken.parts(), alone.parts(), strict=True):
+        mine, fresh = pq.read_table(one), pq.read_table(other)
+        assert mine.equals(fresh) and mine.schema.equals(fresh.schema)
+        assert mine.schema.metadata[b"huggingface"] == fresh.schema.metadata[b"huggingface"]
+        told, apart = tables.metadata(one), tables.metadata(other)
+        assert told["cosine"]["vision"] <= apart["cosine"]["vision"]
+        assert {**told, "cosine": 0} == {**apart, "cosine": 0}
+    shipped = {name: content for name, content in content(taken).items() if not name.startswith("part-")}
+    assert shipped == {name: content for name, content in content(alone).items() if not name.startswith("part-")}
+    assert taken.success()["seconds"] > every.success()["seconds"] / 2
+    assert check(taken.path).faults == []
+
+
+def test_a_larger_dataset_that_needed_bf16_gives_none_that_would_not(whole, again, cifar10: Path, models: Path, local_ray: None) -> None:
+    config, folder = again(keep=True)
+    success = json.loads((whole[1].path / "_SUCCESS.json").read_text())
+    success["facts"]["vision"]["vision"]["storage"] = "bf16"
+    (folder.path / "_SUCCESS.json").write_text(json.dumps(success))
+    smaller = attached(replace(config, select=replace(config.select, budget=12)))
+    assert "taken_from" not in smaller.success()["facts"]

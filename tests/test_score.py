@@ -466,7 +466,7 @@ def nodes(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         running.wait_for_nodes()
         return running
 
-    monkeypatch.setattr(pipeline, "_disconnect", lambda: None)
+    monkeypatch.setattr(pipeline, "disconnect", lambda: None)
     yield make
     ray.shutdown()
     for running in made:

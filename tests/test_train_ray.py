@@ -72,13 +72,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
 
 
-def fit(data: Path, out: Path, train: TrainConfig = TRAIN, workers: int = 1, storage: StorageConfig | None = None, **resources: object):
+def fit(
+    data: Path,
+    out: Path,
+    train: TrainConfig = TRAIN,
+    workers: int = 1,
+    storage: StorageConfig | None = None,
+    after: Path | None = None,
+    **resources: object,
+):
     out.mkdir(parents=True, exist_ok=True)
     config = Config(
         storage=storage or StorageConfig(),
         resources=ResourcesConfig(**{"cache_dir": str(data.parent / "cache"), "keep_cache": True, **resources}),  # type: ignore[arg-type]
     )
-    return trainer.fit(config, SPEC.to_dict(), train, data, trainer.condensed_facts(data), out, workers)
+    return trainer.fit(config, SPEC.to_dict(), train, data, trainer.condensed_facts(data), out, workers, after=after)
 
 
 def losses(out: Path) -> dict[int, float]:
@@ -637,3 +645,15 @@ def test_a_finished_training_with_half_an_index_is_still_finished(local_ray: Non
     same_state(undisturbed, Path(result.path))
     assert losses_so_far(tmp_path) == [], "no step again"
     assert json.loads(index.read_text())["checkpoint_results"], "what a later start finds"
+
+
+def test_a_training_goes_on_where_a_shorter_one_ended(local_ray: None, data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """To the bit what a training of the same length is that nothing came before; the shorter one stays as it was."""
+    short, long = tmp_path / "train-short", tmp_path / "train-long"
+    fit(data, short, replace(TRAIN, num_images=BATCH * 200))
+    before = {path: path.stat().st_mtime_ns for path in short.rglob("*") if path.is_file()}
+    with fit(data, long, after=short).as_directory() as folder:
+        same_state(Path(folder), undisturbed)
+    assert losses(long) == losses(undisturbed)
+    assert min(json.loads(path.read_text())["step"] for path in saved(long)) > 200, "it did not begin anew"
+    assert {path: path.stat().st_mtime_ns for path in short.rglob("*") if path.is_file()} == before

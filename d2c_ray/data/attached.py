@@ -146,8 +146,13 @@ def write(path: Path, table: pa.Table, facts: dict[str, Any], class_names: list[
     made = pa.table(columns, schema=pa.schema(fields))
     if class_names is not None:
         made = made.replace_schema_metadata({b"huggingface": hub_features(made.schema, class_names)})
-    tables.write(path, made, facts, max(1, ROW_GROUP_BYTES // max(1, made.nbytes // max(1, len(made)))))
+    tables.write(path, made, facts, row_group_rows(made))
     return facts
+
+
+def row_group_rows(table: pa.Table) -> int:
+    """Rows of a part's row groups."""
+    return max(1, ROW_GROUP_BYTES // max(1, table.nbytes // max(1, len(table))))
 
 
 def write_classes(path: Path, names: list[str], prompts: list[str], text: tuple[Tensor, Tensor] | None) -> None:

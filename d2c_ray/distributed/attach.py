@@ -19,7 +19,7 @@ from d2c_ray.config import Config, TextConfig, VisionConfig, encoder_key, in_tra
 from d2c_ray.data import tables, units
 from d2c_ray.data.attached import FAITHFUL
 from d2c_ray.distributed.actors import Attacher, Busy
-from d2c_ray.distributed.cluster import Share
+from d2c_ray.distributed.cluster import ANYWHERE, Share
 from d2c_ray.distributed.ingest import stream
 from d2c_ray.errors import UserError
 from d2c_ray.models import frozen, text
@@ -183,7 +183,7 @@ def start_text(options: TextConfig, prompts: list[str], share: Share) -> Callabl
     Returns:
         A function that waits for states and mask, as `models.text.encode` gives them, and for the prompts that were cut.
     """
-    task: Any = ray.remote(num_cpus=1, num_gpus=share.gpus_per_actor, max_retries=3)(_encode_text)
+    task: Any = ray.remote(num_cpus=1, num_gpus=share.gpus_per_actor, max_retries=3, scheduling_strategy=ANYWHERE)(_encode_text)
     pending = task.remote(options, prompts, text.facts(options)["weights"], share.device, share.threads)
 
     def finish() -> tuple[torch.Tensor, torch.Tensor, list[str]]:

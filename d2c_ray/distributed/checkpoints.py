@@ -128,6 +128,17 @@ def mend(place: Place) -> Path | None:
     return max(whole)[1] if whole else None
 
 
+def newest(place: Place) -> str:
+    """The path, on the place's file system, of the last checkpoint of a finished training; empty where it is gone."""
+    try:
+        with place.filesystem.open_input_stream(f"{place.path}/{NAME}/{INDEX}") as file:
+            last = json.loads(file.read()).get("latest_checkpoint_result")
+    except (FileNotFoundError, json.JSONDecodeError):
+        return ""
+    path = f"{place.path}/{NAME}/{last['checkpoint_dir_name']}" if last else ""
+    return path if path and place.filesystem.get_file_info(f"{path}/{state.META}").type == fs.FileType.File else ""
+
+
 def tidy(place: Place) -> None:
     """Removes checkpoints that no index names: those on their way when a worker or the driver was killed. While nobody writes."""
     try:

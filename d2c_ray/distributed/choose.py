@@ -8,7 +8,7 @@ import ray
 
 from d2c_ray.config import SelectConfig
 from d2c_ray.data.features import Embedded
-from d2c_ray.distributed.cluster import Share
+from d2c_ray.distributed.cluster import ANYWHERE, Share
 from d2c_ray.errors import UserError
 from d2c_ray.selection import confidence
 
@@ -31,7 +31,7 @@ def choose(
         UserError: a class that its selector cannot work on; names it.
     """
     device, gpus = (share.device, share.gpus_per_actor) if options.selector in ON_GPU else ("cpu", 0)
-    own: Any = {"num_cpus": 1, "num_gpus": gpus, "max_retries": 3}
+    own: Any = {"num_cpus": 1, "num_gpus": gpus, "max_retries": 3, "scheduling_strategy": ANYWHERE}
     ce: np.ndarray | None = None
     facts: dict[str, Any] = {}
     if options.selector == "gadc" and options.transport.confidence > 0:

@@ -12,6 +12,10 @@ from d2c_ray.errors import UserError
 
 LIGHT_CPUS = 2  # logical CPUs of a local Ray beyond the cores: decode tasks and drivers next to busy actors
 
+# Of tasks and actors: anywhere in the cluster. By default those that a trial of a sweep starts would have to fit into its own place,
+# which is for its driver alone.
+ANYWHERE = "DEFAULT"
+
 
 @dataclass(frozen=True)
 class Share:
@@ -29,8 +33,11 @@ class Share:
         return "cuda" if self.gpus_per_actor > 0 else "cpu"
 
 
-def connect(resources: ResourcesConfig) -> None:
+def connect(resources: ResourcesConfig, dashboard: bool = False) -> None:
     """Connects to the cluster of `resources.address`, or starts a local Ray that ends with this process.
+
+    Args:
+        dashboard: of a local Ray. Without it, a Tune trial that is ended leaves its training's place taken.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -55,7 +62,7 @@ def connect(resources: ResourcesConfig) -> None:
             ray.init(
                 address="local",
                 num_cpus=resources.num_cpus or cores() + LIGHT_CPUS,
-                include_dashboard=False,
+                include_dashboard=dashboard,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
                 _temp_dir=temp_dir,

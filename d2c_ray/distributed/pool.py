@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from d2c_ray.distributed.cluster import Share
+from d2c_ray.distributed.cluster import ANYWHERE, Share
 
 
 def run_pool(actor: type, actor_args: dict[str, Any], units: list[Any], share: Share) -> Iterator[tuple[Any, Any]]:
@@ -16,7 +16,9 @@ def run_pool(actor: type, actor_args: dict[str, Any], units: list[Any], share: S
     """
     if not units:
         return
-    remote: Any = ray.remote(num_cpus=1, num_gpus=share.gpus_per_actor, max_restarts=3, max_task_retries=3)(actor)
+    remote: Any = ray.remote(num_cpus=1, num_gpus=share.gpus_per_actor, max_restarts=3, max_task_retries=3, scheduling_strategy=ANYWHERE)(
+        actor
+    )
     actors = [remote.remote(**actor_args) for _ in range(min(share.actors, len(units)))]
     waiting = list(reversed(units))
     running: dict[Any, tuple[Any, Any]] = {}

@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 
 from d2c_ray.data import score_parts
-from d2c_ray.distributed.cluster import LIGHT_CPUS
+from d2c_ray.distributed.cluster import ANYWHERE, LIGHT_CPUS
 from d2c_ray.selection import rank
 from d2c_ray.selection.rank import Partition, Span
 
@@ -61,7 +61,7 @@ class OnRay:
         home = np.repeat(first_of[:-1], [stop - start for start, stop, _ in cuts]).astype(np.int32)
         shared, rows = [ray.put(home), ray.put(borders)], np.zeros(first_of[-1], np.int64)
         pieces: list[list[Any]] = [[] for _ in rows]
-        split: Any = ray.remote(num_cpus=1, num_returns=len(rows) + 1)(_split)
+        split: Any = ray.remote(num_cpus=1, scheduling_strategy=ANYWHERE, num_returns=len(rows) + 1)(_split)
 
         def submit(group: list[Path]) -> Any:
             counts, *parts = split.remote(group, *shared, len(rows))
@@ -76,7 +76,7 @@ class OnRay:
         for (start, stop, number), begin in zip(cuts, first_of, strict=False):
             firsts = np.cumsum(rows[begin : begin + number]) - rows[begin : begin + number]
             spans += [Span(start, stop, int(first), int(rows[begin + index])) for index, first in enumerate(firsts)]
-        sort: Any = ray.remote(num_cpus=1, num_returns=2)(_sort)
+        sort: Any = ray.remote(num_cpus=1, scheduling_strategy=ANYWHERE, num_returns=2)(_sort)
         partitions: list[Any] = []
 
         def submit_sort(number: int) -> Any:
@@ -121,7 +121,7 @@ class OnRay:
 
 def _in_order(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> Iterator[Any]:
     """The results of one task a tuple of arguments."""
-    return _window(ray.remote(num_cpus=1)(function).remote, arguments)
+    return _window(ray.remote(num_cpus=1, scheduling_strategy=ANYWHERE)(function).remote, arguments)
 
 
 def _window(submit: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> Iterator[Any]:

@@ -53,8 +53,12 @@ def condensed_facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / SUCCESS).read_text())["facts"]
 
 
-def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: Path, workers: int) -> int:
-    """Trains a model on the condensed dataset at `data`, leaves it in the folder `job.out/model`, and says how many images it was shown."""
+def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: Path, workers: int, after: Path | None = None) -> int:
+    """Trains a model on the condensed dataset at `data`, leaves it in the folder `job.out/model`, and says how many images it was shown.
+
+    Args:
+        after: folder of a finished training that did the same for fewer images: this one goes on where it ended.
+    """
     if options.start:
         options = replace(options, start=published.absolute(options.start))  # a worker may work in another folder
     facts = condensed_facts(data)
@@ -78,7 +82,7 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
         job.progress(shown, done=_last(metrics).get("images", 0), title=title) as progress,
         _Watch(metrics, progress, trackers, partial(cluster.training_waits_for, least, use_gpu)),
     ):
-        checkpoint = fit(job.config, spec.to_dict(), options, data, facts, job.out, workers, use_gpu, encoders)
+        checkpoint = fit(job.config, spec.to_dict(), options, data, facts, job.out, workers, use_gpu, encoders, after)
     with checkpoint.as_directory() as folder:
         _export(job, Path(folder), spec, options, facts, text)
         return _images(Path(folder))
@@ -99,7 +103,7 @@ def _export(job: Job, checkpoint: Path, spec: TransformerSpec, options: TrainCon
 
 def fit(
     config: Config, spec: dict[str, Any], train: TrainConfig, data: Path, facts: dict[str, Any], out: Path, workers: int,
-    use_gpu: bool = False, encoders: Online = condensed.NOTHING,
+    use_gpu: bool = False, encoders: Online = condensed.NOTHING, after: Path | None = None,
 ) -> Checkpoint:  # fmt: skip
     """Trains to the end, from the last checkpoint of an earlier attempt if there is one.
 
@@ -108,6 +112,7 @@ def fit(
         data, facts: the condensed dataset and what it says of itself.
         out: the stage's folder, which all workers can write to.
         encoders: what is encoded of the images as they are shown.
+        after: as `train` takes it.
 
     Returns:
         The last checkpoint, on its storage.
@@ -121,6 +126,8 @@ def fit(
     place = checkpoints.place(where, config.storage)
     mended = checkpoints.mend(place)
     (out / FAILED).unlink(missing_ok=True)
+    if after is not None and not (out / METRICS).is_file():
+        write_text(out / METRICS, (after / METRICS).read_text())
     least = min(resources.train_workers_min, workers)
     elastic = 0 < least < workers
     trainer = TorchTrainer(
@@ -144,6 +151,9 @@ def fit(
             "mended": str(mended) if mended else "",
             "use_gpu": use_gpu,
             "most_workers": workers,
+            "after": checkpoints.newest(checkpoints.place(checkpoints.where(resources.checkpoint_storage, after), config.storage))
+            if after
+            else "",
             # cluster.connect says whether Ray watches for it.
             "notices": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0",
         },
@@ -273,6 +283,9 @@ def _train(args: dict[str, Any], out: Path) -> None:
         # Ray does not know of it, and a training without a step left would report nothing more.
         upload(_step(mended), state.Saver(lambda: state.read(mended)))
         run(mended)
+    elif checkpoint is None and args["after"]:
+        with Checkpoint(args["after"], filesystem=place.filesystem).as_directory() as folder:
+            run(Path(folder))
     elif checkpoint is None:
         run(None)
     else:

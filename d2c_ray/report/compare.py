@@ -223,9 +223,10 @@ def _of_folder(folder: Path, name: str, config: Config | None) -> Student:
         ) from None
 
 
-def _made_of(folder: Path, name: str, config: Config | None, metrics: dict[str, Any]) -> Student:
+def needed_by(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a finished stage and all that it needed recorded, by stage; the teacher and scores only where its selection looked at them."""
     stages: dict[str, dict[str, Any]] = {}
-    waiting = [("evaluate", folder)]
+    waiting = [(StageDir(folder).success()["stage"], folder)]
     while waiting:
         stage, path = waiting.pop()
         if stage not in stages and StageDir(path).done:
@@ -233,11 +234,15 @@ def _made_of(folder: Path, name: str, config: Config | None, metrics: dict[str, 
             waiting += [(given, folder.parent / where) for given, where in stages[stage]["inputs"].items()]
     selector = stages.get("select", {}).get("facts", {}).get("selector")
     free = () if selector in NEEDS_SCORES or selector is None else ("teacher", "score")
-    needed = {stage: stages[stage] for stage in plans.STAGES if stage in stages and stage not in free}
+    return {stage: stages[stage] for stage in plans.STAGES if stage in stages and stage not in free}
+
+
+def _made_of(folder: Path, name: str, config: Config | None, metrics: dict[str, Any]) -> Student:
+    needed = needed_by(folder)
     on_gpus = [success for success in needed.values() if _is_gpu(success.get("device", ""))]
     train = needed.get("train", {})
     return Student(
-        name, metrics, config, stages["evaluate"]["fingerprint"], needed.get("attach", {}).get("rows_done"),
+        name, metrics, config, needed["evaluate"]["fingerprint"], needed.get("attach", {}).get("rows_done"),
         train.get("facts", {}).get("images"), {stage: success["seconds"] for stage, success in needed.items()},
         sum(success["seconds"] * success["places"] for success in on_gpus) / 3600 if on_gpus else None, train.get("device", ""),
     )  # fmt: skip

@@ -113,6 +113,109 @@ def selectors(found: dict[str, Any]) -> str:
         return _svg(figure)
 
 
+def against_budget(
+    lines: dict[str, list[tuple[int, float, float, list[float]]]],
+    floors: dict[str, list[tuple[int, float]]],
+    real: float | None,
+    heading: str,
+) -> str:
+    """A measure by images kept, a line a selector with its deviation over seeds; single trials as points, floors dashed.
+
+    Args:
+        lines: by selector, (images kept, mean, deviation, every trial's value). floors: (images kept, value).
+    """
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(9, 3.8))
+        for index, (name, points) in enumerate(lines.items()):
+            shift = 1.0 + 0.012 * (index - (len(lines) - 1) / 2)  # so that error bars do not hide each other
+            x = [kept * shift for kept, *_ in points]
+            axis.errorbar(
+                x,
+                [mean for _, mean, *_ in points],
+                [spread for _, _, spread, _ in points],
+                color=_colour(index),
+                capsize=3,
+                marker="o",
+                label=name,
+            )
+            for place, (_, _, _, values) in zip(x, points, strict=True):
+                axis.scatter([place] * len(values), values, color=_colour(index), s=9, alpha=0.35, linewidths=0)
+            if floors.get(name):
+                axis.plot(
+                    [kept for kept, _ in floors[name]], [value for _, value in floors[name]], color=_colour(index), linestyle=":", linewidth=1.2,
+                    label=f"floor of {name}",
+                )  # fmt: skip
+        if real is not None:
+            axis.axhline(real, color="#7a828e", linewidth=1, linestyle="--", label="real images, held out")
+        axis.set_xscale("log")
+        ticks = sorted({kept for points in lines.values() for kept, *_ in points})
+        axis.set_xticks(ticks, [f"{kept:,}" for kept in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel("images kept")
+        axis.set_ylabel(heading)
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        return _svg(figure)
+
+
+def against_cost(
+    points: list[tuple[float, float, float | None, str]], selectors: list[str], front: list[tuple[float, float]], heading: str
+) -> str:
+    """A measure by seconds of making the student, a point each with its deviation over seeds, and the front of those that nothing beats.
+
+    Args:
+        points: (seconds, mean, deviation, selector). front: (seconds, mean), cheapest first.
+    """
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(9, 3.6))
+        axis.plot(
+            *zip(*front, strict=True), color=GREY, drawstyle="steps-post", linewidth=2, zorder=1, label="nothing is better and cheaper"
+        )
+        for index, name in enumerate(selectors):
+            mine = [point for point in points if point[3] == name]
+            axis.errorbar(
+                [x for x, *_ in mine], [y for _, y, *_ in mine], [spread or 0.0 for _, _, spread, _ in mine], color=_colour(index), capsize=2, marker="o",
+                markersize=5, linestyle="none", elinewidth=0.8, label=name,
+            )  # fmt: skip
+        axis.set_xlabel("seconds of making the student: teacher, scoring, selecting, attaching, training")
+        axis.set_ylabel(heading)
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        return _svg(figure)
+
+
+def heat_maps(maps: dict[str, tuple[list[str], list[str], np.ndarray]], axes: tuple[str, str], heading: str, more_is_better: bool) -> str:
+    """A measure over two axes, a map a selector on one scale of colours, with the numbers written in.
+
+    Args:
+        maps: by selector, the values of the first axis (across), of the second (down), and the means, down x across.
+    """
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
+        height = 1.5 + 0.5 * max(len(down) for _, down, _ in maps.values())
+        figure, every = plt.subplots(1, len(maps), figsize=(9, height), squeeze=False, sharey=True)
+        values = np.concatenate([grid.ravel() for *_, grid in maps.values()])
+        low, high = np.nanmin(values), np.nanmax(values)
+        shades = plt.get_cmap("YlGnBu" if more_is_better else "YlGnBu_r")
+        for axis, (name, (across, down, grid)) in zip(every[0], maps.items(), strict=True):
+            axis.imshow(grid, cmap=shades, vmin=low, vmax=high if high > low else low + 1, aspect="auto")
+            axis.set_xticks(range(len(across)), across)
+            axis.set_yticks(range(len(down)), down)
+            axis.tick_params(length=0)
+            axis.set_title(name, fontsize=10)
+            axis.set_xlabel(axes[0].rsplit(".", 1)[-1])
+            for (i, j), value in np.ndenumerate(grid):
+                dark = (value - low) / ((high - low) or 1.0)
+                ink = "white" if (dark if more_is_better else 1 - dark) > 0.6 else "#1d232b"
+                axis.text(j, i, "–" if np.isnan(value) else f"{value:.4g}", ha="center", va="center", color=ink, fontsize=9)
+        every[0][0].set_ylabel(axes[1].rsplit(".", 1)[-1])
+        figure.suptitle(heading, fontsize=10, x=0.01, ha="left")
+        return _svg(figure)
+
+
 def _colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from d2c_ray import rundir
 from d2c_ray.config import encoder_key, in_training
-from d2c_ray.data import attached, condensed, provenance, storage, tables, whole
+from d2c_ray.data import attached, condensed, provenance, slices, storage, tables, whole
 from d2c_ray.distributed import attach, cluster
 from d2c_ray.distributed.score import LATENTS
 from d2c_ray.errors import UserError
@@ -32,6 +33,10 @@ def run(job: Job) -> Result:
     share = cluster.share(config.resources, job.places)
     everything, online = config.select.selector == "all", in_training(config)
     files, count = (job.inputs["manifest"].parts(), job.facts("manifest")["rows"]) if everything else _selection(job)
+    larger = None if everything else _larger(job)
+    if larger is not None and not (job.out / condensed.CLASSES).is_file():
+        with rundir.whole(job.out / condensed.CLASSES) as temporary:
+            shutil.copyfile(larger.path / condensed.CLASSES, temporary)
     write_classes = _classes(job, names, share)
 
     latent = latents.latent_facts(config)
@@ -40,10 +45,13 @@ def run(job: Job) -> Result:
         stale.unlink(missing_ok=True)
     rejects = Rejects("attach", count, config.data.max_rejected if everything else 1.0)
     with job.progress(count) as progress:
-        parts = attach.attach(
-            config, options.encoders(), files, grid, job.out, share, rejects, progress, options.rows_per_part,
-            keep_images=True, latents=_kept(job), class_names=names, online=online, all_readable=not everything,
-        )  # fmt: skip
+        if larger is not None:
+            parts = slices.take(larger.parts(), files, job.out, options.rows_per_part, progress.advance)
+        else:
+            parts = attach.attach(
+                config, options.encoders(), files, grid, job.out, share, rejects, progress, options.rows_per_part,
+                keep_images=True, latents=_kept(job), class_names=names, online=online, all_readable=not everything,
+            )  # fmt: skip
     write_classes()
     rejects.write(job.out)
     shutil.rmtree(job.out / "loading", ignore_errors=True)
@@ -64,11 +72,13 @@ def run(job: Job) -> Result:
     done = sum(part["rows"] for part in parts)
     chosen = _decoded(job) if everything else tables.read(job.out / provenance.SELECTION, ["label"])
     selection = job.facts("select") | ({"images": done, "share": done / count} if everything else {})
+    # What the larger dataset cost an image, this one's images would have cost on their own.
+    elsewhere = larger.success()["seconds"] * count / larger.success()["rows_done"] if larger is not None else 0.0
     told = provenance.write(
         job.out, fingerprint=job.fingerprint, rows=done, class_names=names,
         data={"source": config.data.source, "path": _source(config.data.path), "image_size": config.data.image_size, "channels": config.data.channels},
         flip=config.data.flip, latent=latent, vae=_vae(job), grid=grid, text=text.facts(options.text) if options.text.encoder != "none" else None,
-        vision=shown, in_training=online, selection=selection, cost_seconds=_costs(job), versions=versions(),
+        vision=shown, in_training=online, selection=selection, cost_seconds=_costs(job, elsewhere), versions=versions(),
     )  # fmt: skip
     card.write(job.out, told)
     return Result(
@@ -76,7 +86,9 @@ def run(job: Job) -> Result:
         {
             "class_names": names, "labels": np.unique(np.maximum(chosen.column("label").to_numpy(), 0)).tolist(), "flip": config.data.flip, "latent": latent, "fingerprint": job.fingerprint,
             "in_training": online, "text_encoder": options.text.encoder, "vision": shown, "bytes": sum(path.stat().st_size for path in job.out.glob("part-*.parquet")),
+            **({"taken_from": larger.path.name} if larger is not None else {}),
         },
+        elsewhere,
     )  # fmt: skip
 
 
@@ -89,6 +101,20 @@ def _selection(job: Job) -> tuple[list[Path], int]:
     tables.write(job.out / ROWS, rows, {}, job.config.attach.rows_per_part)
     tables.write(job.out / provenance.SELECTION, chosen, job.facts("select"))
     return [job.out / ROWS], len(rows)
+
+
+def _larger(job: Job) -> StageDir | None:
+    """The smallest finished dataset of this run that has the chosen images, with the same attachments, stored as theirs would be."""
+    chosen = tables.read(job.out / provenance.SELECTION, ["sample_id"]).column("sample_id")
+    auto = {column for column, own in job.config.attach.encoders().items() if own.storage == "auto"}
+    found: list[tuple[int, str, StageDir]] = []
+    for folder in job.relatives():
+        if any(facts["storage"] == "bf16" for column, facts in folder.success()["facts"]["vision"].items() if column in auto):
+            continue  # one of its other images may have needed that
+        kept = tables.read(folder.path / provenance.SELECTION, ["sample_id"]).column("sample_id").combine_chunks()
+        if pc.all(pc.is_in(chosen, kept)).as_py():
+            found.append((len(kept), folder.path.name, folder))
+    return min(found)[2] if found else None
 
 
 def _decoded(job: Job) -> pa.Table:
@@ -143,8 +169,12 @@ def _vae(job: Job) -> dict[str, Any] | None:
     )
 
 
-def _costs(job: Job) -> dict[str, float]:
-    """Seconds of every stage that this dataset would have needed on its own, and of this one so far."""
+def _costs(job: Job, elsewhere: float) -> dict[str, float]:
+    """Seconds of every stage that this dataset would have needed on its own, and of this one so far.
+
+    Args:
+        elsewhere: seconds that were spent for it in the folder of a larger dataset.
+    """
     free = () if job.config.select.selector in NEEDS_SCORES else ("teacher", "score")
     found: dict[str, float] = {}
     waiting = list(job.inputs.items())
@@ -156,4 +186,4 @@ def _costs(job: Job) -> dict[str, float]:
         found[stage] = record["seconds"]
         waiting += [(name, StageDir(folder.path.parent / given)) for name, given in record["inputs"].items()]
     ordered = {stage: found[stage] for stage in STAGES if stage in found}
-    return {**ordered, "attach": round(job.seconds_before + time.monotonic() - job.started, 2)}
+    return {**ordered, "attach": round(job.seconds_before + time.monotonic() - job.started + elsewhere, 2)}
