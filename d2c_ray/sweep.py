@@ -303,7 +303,8 @@ def _complete(config: Config, options: SweepConfig, context: Context, given: dic
         return None
     except Exception as error:
         found = pipeline.unwrap(error)
-        if found is None:
+        if found is None:  # it may not come again; what it was is kept for when it always does
+            outcomes.write_record(folder, {**record, "error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"})
             raise
         outcomes.write_record(folder, {**record, "state": FAILED, "error": str(found)})
         return None
@@ -356,7 +357,7 @@ def _watched(sweep: Sweep, total: int, interval_sec: float, say: Say) -> Iterato
         mine = [record for record in outcomes.records(sweep.folder) if record["id"] == chosen.get("id") or record["point"] == chosen]
         for record in mine:
             if record["state"] == RUNNING:
-                record |= {"state": STOPPED} if how == STOPPED else {"state": FAILED, "error": how.strip().splitlines()[-1]}
+                record |= {"state": STOPPED} if how == STOPPED else {"state": FAILED, "error": record["error"] or "its process died"}
                 outcomes.write_record(sweep.folder, record)
         ended_so_far[0] += 1
         worst = next((record for record in mine if record["state"] == FAILED), None)

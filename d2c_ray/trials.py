@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,14 @@ def check(config: Config) -> None:
     if sweep.metrics[0] == "cost_seconds":
         raise UserError(
             "sweep.metrics begins with cost_seconds, so that the cheapest point would be the best; name a measure of quality first."
+        )
+    if sweep.search == "optuna" and find_spec("optuna") is None:
+        raise UserError(
+            "sweep.search=optuna, and the package 'optuna' is not installed: pip install 'd2c-ray[optuna]', or sweep.search=random."
+        )
+    if sweep.search == "optuna" and sweep.asha:
+        raise UserError(
+            "sweep.search=optuna measures each point with all its seeds, and sweep.asha ends single trials; one of the two would do."
         )
     if sweep.equal == "seconds":
         if not sweep.seconds > 0:

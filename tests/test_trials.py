@@ -60,6 +60,7 @@ def given(*overrides: str) -> Config:
         (["sweep.asha=128", "sweep.axes={train.num_images: [256, 512]}"], "equally many images"),
         (["sweep.asha=128", "sweep.metrics=[frechet,kid]"], "goes by one measure"),
         (["sweep.asha=128", "sweep.equal=seconds", "sweep.seconds=9"], "one of the two"),
+        (["sweep.asha=128", "sweep.search=optuna"], "one of the two"),
         (["arms.A.train.lr=1"], "a sweep has no arms"),
     ],
 )

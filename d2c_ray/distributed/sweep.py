@@ -21,7 +21,7 @@ from d2c_ray.config import SweepConfig
 
 Report = Callable[[dict[str, float]], None]
 Work = Callable[[dict[str, Any], Report], None]  # (what Tune chose, where to report measures)
-Ended = Callable[[dict[str, Any], str], None]  # (what Tune chose, 'done', 'stopped' or what went wrong)
+Ended = Callable[[dict[str, Any], str], None]  # (what Tune chose, 'done', 'stopped' or 'failed')
 IMAGES = "images"  # what ASHA counts in
 PACKAGE = "optuna"
 
@@ -134,4 +134,4 @@ class _Told(tune.Callback):
         self._ended(trial.config, "done" if (trial.last_result or {}).get("finished") else "stopped")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._ended(trial.config, str(trial.get_error() or "its process died"))
+        self._ended(trial.config, "failed")

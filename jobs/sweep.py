@@ -1,0 +1,13 @@
+"""A sweep as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/sweep.py configs/sweep_digits.yaml resources.address=auto run.dir=/shared/runs key=value
+
+The same words as behind `d2c sweep`. The run folder (run.dir) must lie on storage that every node sees.
+"""
+
+import sys
+
+from d2c_ray.cli import main
+
+if __name__ == "__main__":
+    main(["sweep", *sys.argv[1:]])
