@@ -89,6 +89,33 @@ def test_a_tracker_that_fails_ends_nothing(tmp_path: Path, capsys: pytest.Captur
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_sweeps_trials_are_runs_with_their_points_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HParams of TensorBoard, and a run of MLflow each; what was sent is not sent again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient
+
+    options = TrackingConfig(tensorboard=True, mlflow="sweep", mlflow_uri=f"file://{tmp_path}/store")
+    for seed in (0, 1, 0):
+        parameters = {"select.budget": 100, "select.selector": "gadc", "seed": seed}
+        tracking.trial(options, tmp_path, f"id{seed}", f"gadc seed={seed}", parameters, {"frechet": 2.0 + seed, "cost_seconds": 9.0})
+    found = EventAccumulator(str(tmp_path / "tensorboard" / "id1"))
+    found.Reload()
+    assert found.Scalars("sweep/frechet")[0].value == 3.0 and len(list((tmp_path / "tensorboard" / "id0").iterdir())) == 2
+    content = found.summary_metadata[metadata.SESSION_START_INFO].plugin_data.content
+    told = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert told["select.selector"].string_value == "gadc" and told["select.budget"].number_value == 100
+    client = MlflowClient(tracking_uri=options.mlflow_uri)
+    runs = client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
+    assert sorted((run.data.params["seed"], run.data.metrics["frechet"], run.info.status) for run in runs) == [
+        ("0", 2.0, "FINISHED"),
+        ("1", 3.0, "FINISHED"),
+    ]
+    assert {run.info.run_name for run in runs} == {"gadc seed=0", "gadc seed=1"}
+
+
 def test_a_missing_package_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     tracking.check(TrackingConfig())

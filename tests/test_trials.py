@@ -313,3 +313,18 @@ def test_a_trial_that_has_not_begun_waits(tmp_path: Path) -> None:
     assert outcomes.read_record(tmp_path, "x")["state"] == "waiting"
     write_json(tmp_path / "trials" / "x.json", {"id": "x", "state": "done"})
     assert outcomes.read_record(tmp_path, "x")["state"] == "done"
+
+
+def test_a_dry_run_says_what_it_takes_and_makes_nothing_but_the_list_of_images(tmp_path: Path) -> None:
+    found = sweep.forecast(given(f"run.dir={tmp_path}", "sweep.axes={select.budget: [20, 40]}", "sweep.seeds=[0, 1]", "sweep.concurrent=1"))
+    assert (found["trials"], found["points"], found["twins"], found["finished"], found["concurrent"]) == (8, 4, 4, 0, 1)
+    assert found["stages"]["train"] == {"folders": 8, "to_make": 8} and found["stages"]["score"] == {"folders": 1, "to_make": 1}
+    assert found["stages"]["select"]["folders"] == 6, "interval draws nothing, a random choice is another with another seed"
+    assert found["seconds"] == pytest.approx(found["shared_seconds"] + found["trial_seconds"]) and 5 < found["seconds"] < 3600
+    assert set(found["images_per_second"]) == {"teacher", "score", "attach", "train", "sample", "reference", "evaluate"} - {"reference"}
+    assert found["bytes"]["checkpoints"] > 8 * 4 * 1000 and found["bytes"]["datasets"] > 0
+    assert [path.name.split("-")[0] for path in (tmp_path / "debug").iterdir() if path.is_dir() and not path.name.startswith(".")] == [
+        "manifest"
+    ]
+    printed = "\n".join(report.forecast_lines(found))
+    assert "8 trials of 4 points, 4 of them random twins; 1 at once" in printed and "hours: 0." in printed
