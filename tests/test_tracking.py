@@ -104,7 +104,7 @@ def test_a_sweeps_trials_are_runs_with_their_points_and_measures(tmp_path: Path,
     found = EventAccumulator(str(tmp_path / "tensorboard" / "id1"))
     found.Reload()
     assert found.Scalars("sweep/frechet")[0].value == 3.0 and len(list((tmp_path / "tensorboard" / "id0").iterdir())) == 2
-    content = found.summary_metadata[metadata.SESSION_START_INFO].plugin_data.content
+    content = found.summary_metadata[metadata.SESSION_START_INFO_TAG].plugin_data.content
     told = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert told["select.selector"].string_value == "gadc" and told["select.budget"].number_value == 100
     client = MlflowClient(tracking_uri=options.mlflow_uri)
