@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -215,7 +216,7 @@ def _attaching(config: Config, classes: int, device: torch.device) -> float:
     for column, options in config.attach.encoders().items():
         if options.encode == "ahead":
             encoder, pixels = vision.load(options, grid, device, f"attach.{column}"), _pixels(config, options.device_batch)
-            total += sides * _timed(lambda encoder=encoder, pixels=pixels: encoder.tokens(pixels, grid), device) / len(pixels)
+            total += sides * _timed(partial(encoder.tokens, pixels, grid), device) / len(pixels)
     return total
 
 
@@ -243,7 +244,7 @@ def _looking(config: Config, classes: int, device: torch.device) -> float:
     total = 0.0
     for name in networks.names(config.evaluate):
         network, pixels = networks.load(name, config.evaluate, device), _pixels(config, config.evaluate.device_batch)
-        total += _timed(lambda network=network, pixels=pixels: network.features(pixels), device) / len(pixels)
+        total += _timed(partial(network.features, pixels), device) / len(pixels)
     return total
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from typing import Literal
 
 import ray
 
@@ -14,7 +15,7 @@ LIGHT_CPUS = 2  # logical CPUs of a local Ray beyond the cores: decode tasks and
 
 # Of tasks and actors: anywhere in the cluster. By default those that a trial of a sweep starts would have to fit into its own place,
 # which is for its driver alone.
-ANYWHERE = "DEFAULT"
+ANYWHERE: Literal["DEFAULT"] = "DEFAULT"
 
 
 @dataclass(frozen=True)
