@@ -63,7 +63,7 @@ COMMANDS = {
     "report": ("Run whatever is missing and write report.html.", "d2c report configs/quickstart.yaml"),
     "sweep": (
         "Try budgets, selectors, strengths, whatever field: every point with several seeds, what they share made once.",
-        "d2c sweep configs/sweep_digits.yaml --dry-run",
+        "d2c sweep configs/sweep_digits.yaml sweep.seeds=[0,1,2,3,4]",
     ),
     "import-model": (
         "Make a model folder of published DiT or SiT weights, which can be sampled, scored with and fine-tuned.",

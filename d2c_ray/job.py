@@ -53,7 +53,8 @@ class Job:
 class Result:
     """`rows_in = rows_done + rows_rejected`, or the stage has failed; `facts` are for later stages and the report.
 
-    seconds_elsewhere: spent for this in another folder, part of which it was made from.
+    seconds_elsewhere: spent for this in another folder, part of which it was made from; place_seconds_elsewhere the same times
+        the places it was made on.
     """
 
     rows_in: int
@@ -61,6 +62,7 @@ class Result:
     rows_rejected: int
     facts: dict[str, Any]
     seconds_elsewhere: float = 0.0
+    place_seconds_elsewhere: float = 0.0
 
 
 Stage = Callable[[Job], Result]

@@ -138,7 +138,7 @@ def _schedule(waiting: list[Node], running: dict["Future[float]", tuple[Node, in
     while waiting or running:
         ready = [node for node in waiting if all(given.dir.done for given in node.inputs.values())]
         for index, node in enumerate(ready):
-            wanted = _workers(node) or max(_least(node), free // (len(ready) - index))
+            wanted = workers(node) or max(least(node), free // (len(ready) - index))
             # What wants more places than there are runs alone rather than never.
             if wanted <= free or not running:
                 free -= wanted
@@ -163,13 +163,13 @@ def _abandon(running: list["Future[float]"]) -> None:
         wait(running, timeout=20)
 
 
-def _workers(node: Node) -> int:
+def workers(node: Node) -> int:
     """Places a training takes; 0 for a stage that takes what it gets."""
     knob = WORKERS_OF.get(node.stage)
     return getattr(node.config.resources, knob) if knob else 0
 
 
-def _least(node: Node) -> int:
+def least(node: Node) -> int:
     """The fewest places a stage can work on: pools one behind the other want an actor each, or two stages wait for each other's."""
     if node.stage != "attach":
         return 1
@@ -208,7 +208,7 @@ def _make(node: Node, share: int, status: "Status") -> None:
             {
                 "stage": node.stage, "fingerprint": node.hash, "inputs": {name: given.name for name, given in node.inputs.items()},
                 "rows_in": result.rows_in, "rows_done": result.rows_done, "rows_rejected": result.rows_rejected,
-                "seconds": round(before + time.monotonic() - started + result.seconds_elsewhere, 2), **({"lineage": node.lineage} if node.lineage else {}), "places": share, "device": _device(node), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "seconds": round(before + time.monotonic() - started + result.seconds_elsewhere, 2), "place_seconds": round((before + time.monotonic() - started) * share + result.place_seconds_elsewhere, 2), **({"lineage": node.lineage} if node.lineage else {}), "places": share, "device": _device(node), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "versions": versions(), "facts": result.facts,
             }
         )  # fmt: skip
@@ -260,6 +260,13 @@ def connect(config: Config, attaching: list[Config], dashboard: bool = False) ->
     cluster.connect(config.resources, dashboard)
     cluster.preflight(config.resources, max((attach.pools(own) for own in attaching), default=1))
     return cluster.places(config.resources)
+
+
+def trainings(config: Config, slots: int) -> int:
+    """Training workers that run at once on a cluster with `slots` places for other work."""
+    from d2c_ray.distributed import cluster
+
+    return cluster.total_gpus() or slots if cluster.train_on_gpus(config.resources) else slots
 
 
 def _device(node: Node) -> str:

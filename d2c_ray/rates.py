@@ -65,7 +65,7 @@ def measured(wanted: list[tuple[str, Config]], classes: int, real: int, side_by_
     ways = [(name, stage, config) for name, (stage, config) in kinds.items() if stage in WAYS]
     with ProcessPoolExecutor(side_by_side, mp_context=multiprocessing.get_context("spawn")) as pool:
         started = time.perf_counter()
-        every = [pool.submit(_measure, ways, classes, real, started) for _ in range(side_by_side)]
+        every = [pool.submit(_measure, ways, classes, real, started, index) for index in range(side_by_side)]
         found = [one.result() for one in every]
     return Rates(
         float(np.mean([one.start for one in found])), {name: float(np.mean([one.each[name] for one in found])) for name, *_ in ways},
@@ -103,9 +103,9 @@ def _pick(section: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(section, name) for name in names}
 
 
-def _measure(ways: list[tuple[str, str, Config]], classes: int, real: int, started: float) -> Rates:
+def _measure(ways: list[tuple[str, str, Config]], classes: int, real: int, started: float, index: int) -> Rates:
     start = time.perf_counter() - started  # the clock is the system's
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     each, measuring = {}, 0.0
     for name, stage, config in ways:
         torch.set_num_threads(config.resources.threads)

@@ -108,6 +108,11 @@ def maker(folder: Path, say: Callable[[str], None] = lambda _: None) -> Iterator
         lock.release()
 
 
+def place_seconds(success: dict[str, Any]) -> float:
+    """What a finished stage took of the places it ran on, seconds of a GPU or of a core each."""
+    return success.get("place_seconds", success["seconds"] * success["places"])
+
+
 class Lock:
     """Holds a run folder for one process; the operating system lets go of it when the process ends, however it ends."""
 

@@ -33,7 +33,7 @@ from d2c_ray.config import Config, SweepConfig, from_dict, to_dict, to_yaml
 from d2c_ray.data import tables
 from d2c_ray.errors import UserError
 from d2c_ray.plan import Node, Plan
-from d2c_ray.report import compare, gather, outcomes
+from d2c_ray.report import gather, outcomes
 from d2c_ray.report import sweep as report
 from d2c_ray.report.outcomes import DONE, FAILED, RUNNING, STOPPED
 from d2c_ray.rundir import PROGRESS, Lock, StageDir, write_json, write_text
@@ -77,7 +77,7 @@ def make(config: Config) -> Sweep:
     listed = [] if config.sweep.search == "optuna" else trials.of_points(config, trials.points(config.sweep), planner)
     settings = {key: value for key, value in to_dict(config).items() if key not in trials.NO_AXES}
     chosen = {key: value for key, value in to_dict(config.sweep).items() if key not in ("concurrent", "max_failures")}
-    name = hashlib.sha256(json.dumps([settings, chosen], sort_keys=True).encode()).hexdigest()[:8]
+    name = hashlib.sha256(json.dumps([settings, chosen, base.arms["student"]["evaluate"].hash], sort_keys=True).encode()).hexdigest()[:8]
     return Sweep(config, base.folder / f"sweep-{name}", listed, _merged(config, base, listed), planner.sources)
 
 
@@ -127,6 +127,9 @@ def run(config: Config, say: Say = print) -> Sweep:
         outcomes.track(config, sweep.folder, found)
         report.write(sweep.folder, config, found)
         failed = [row for row in found if row["state"] == FAILED]
+        missing = {trial.id for trial in sweep.trials} - {row["id"] for row in found if row["state"] in (DONE, STOPPED, FAILED)}
+    if missing and not failed:
+        raise UserError(f"{len(missing)} of {len(sweep.trials)} trials did not come to an end; the same command goes on with them.")
     if failed:
         raise UserError(
             f"{len(failed)} of {len(found)} trials failed, the first at {failed[0]['label']}: {failed[0]['error']} The others are in {sweep.folder / 'report.html'}; "
@@ -145,7 +148,7 @@ def _run(sweep: Sweep, say: Say) -> None:
         return
     say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
     try:
-        slots = pipeline.connect(config, [], dashboard=True)
+        slots = pipeline.connect(config, [node.config for node in sweep.plan.of("attach") if not node.dir.done], dashboard=True)
         share(sweep, slots, status, say)
         _try(sweep, slots, say)
     finally:
@@ -198,6 +201,9 @@ def _union(plan: Plan, group: list[Node]) -> Node | None:
     config = replace(group[0].config, select=replace(group[0].config.select, selector="random"))
     union = Node("union", config, selections, digest, plan.folder / f"selection-{digest}", ["shared"])
     given = {"manifest": group[0].inputs["manifest"], "select": union}
+    scores = {node.inputs["score"].name: node.inputs["score"] for node in group if "score" in node.inputs}
+    if len(scores) == 1:  # which may have kept latents
+        given["score"] = next(iter(scores.values()))
     digest = hashlib.sha256(f"{group[0].lineage}|{union.hash}".encode()).hexdigest()[:8]
     return Node("attach", config, given, digest, plan.folder / f"{plans.FOLDERS['attach']}-{digest}", ["shared"], group[0].lineage)
 
@@ -223,8 +229,9 @@ def _try(sweep: Sweep, slots: int, say: Say) -> None:
     from d2c_ray.distributed import sweep as tuning
 
     config, options = sweep.config, sweep.config.sweep
-    concurrent = concurrency(config, slots)
-    context = Context(str(sweep.folder), sweep.sources, to_dict(config), max(config.resources.train_workers, slots // concurrent))
+    concurrent = concurrency(config, pipeline.trainings(config, slots))
+    own = replace(config, run=replace(config.run, dir=str(sweep.plan.folder.parent)))  # wherever a trial's process works
+    context = Context(str(sweep.folder), sweep.sources, to_dict(own), max(1, slots // concurrent))
     better = [trials.METRICS[name] for name in options.metrics]
     total = len(sweep.trials) or options.num_points
     with _watched(sweep, total, config.resources.progress_interval_sec, say) as ended:
@@ -254,7 +261,7 @@ def _trial(context: Context, given: dict[str, Any], tell: Tell) -> None:
     base = from_dict(context.base)
     outcome = _complete(trials.configured(base, given["point"], given["seed"]), base.sweep, context, given, tell)
     if outcome is not None:
-        tell({**outcome, "finished": 1.0})
+        tell({**dict.fromkeys(base.sweep.metrics, math.nan), **outcome, "finished": 1.0})
 
 
 def _point(context: Context, point: dict[str, Any], tell: Tell) -> None:
@@ -264,11 +271,14 @@ def _point(context: Context, point: dict[str, Any], tell: Tell) -> None:
         write_json(chosen / f"{time.time_ns()}.json", point)
     found: list[dict[str, float]] = []
     for trial in trials.of_points(base, [point], trials.Planner(context.sources)):
+        plans.check_against_data(trial.plan, trial.plan.of("manifest")[0].dir.success()["facts"])
         outcome = _complete(trial.config, base.sweep, context, about(trial), lambda _: None)
         if outcome is not None and not trial.twin:
             found.append(outcome)
     if found:
-        tell({**{key: sum(own[key] for own in found) / len(found) for key in found[0]}, "finished": 1.0})
+        names = [name for name in found[0] if all(name in own for own in found)]
+        means = {name: sum(own[name] for own in found) / len(found) for name in names}
+        tell({**dict.fromkeys(base.sweep.metrics, math.nan), **means, "finished": 1.0})
 
 
 def about(trial: Trial) -> dict[str, Any]:
@@ -280,9 +290,13 @@ def _complete(config: Config, options: SweepConfig, context: Context, given: dic
     """Brings a trial to its end, from wherever it stands; gives what was measured then, None of one that has failed or was ended early."""
     folder = Path(context.folder)
     before = outcomes.read_record(folder, given["id"])
-    if before["state"] == STOPPED:
-        for outcome in before["reports"]:
+    if before["state"] in (DONE, STOPPED) and all(StageDir(folder.parent / name).done for name in before["folders"].values()):
+        *early, last = before["reports"]
+        for outcome in early:
             tell(outcome)
+        if before["state"] == DONE:
+            return last
+        tell(last)
         return None
     record: dict[str, Any] = {**given, "state": RUNNING, "error": "", "folders": {}, "reports": []}
     outcomes.write_record(folder, record)
@@ -297,7 +311,7 @@ def _complete(config: Config, options: SweepConfig, context: Context, given: dic
             record["state"] = DONE if images == stops[-1] else RUNNING
             outcomes.write_record(folder, record)
             if images < stops[-1]:
-                tell(record["reports"][-1])
+                tell({**dict.fromkeys(options.metrics, math.nan), **record["reports"][-1]})
     except UserError as error:  # which would only come again
         outcomes.write_record(folder, {**record, "state": FAILED, "error": str(error)})
         return None
@@ -317,7 +331,7 @@ def _run_nodes(config: Config, upto: str, context: Context) -> dict[str, Node]:
     status = pipeline.Status(plan, record=False)
     for node in plan.needed(upto):
         if not node.dir.done:
-            pipeline.run_node(node, context.places, status)
+            pipeline.run_node(node, pipeline.workers(node) or max(pipeline.least(node), context.places), status)
     return plan.arms["student"]
 
 
@@ -329,11 +343,11 @@ def _for_seconds(config: Config, options: SweepConfig, context: Context, name: s
     Raises:
         UserError: making the data and the first images take all the seconds.
     """
-    kept, train = Path(context.folder) / "seconds" / f"{name}.json", config.train
+    kept, train = Path(context.folder) / outcomes.SECONDS / f"{name}.json", config.train
     if kept.is_file():
         return replace(config, train=replace(train, num_images=json.loads(kept.read_text())["images"]))
     nodes = _run_nodes(config, "attach", context)
-    spent = outcomes.making({stage: success["seconds"] for stage, success in compare.needed_by(nodes["attach"].folder).items()})
+    spent = outcomes.seconds(nodes["attach"].folder)
     batches = max(1, math.ceil(CALIBRATION * train.num_images / train.batch_size))
     first = min(train.num_images, batches * train.batch_size)
     trained = _run_nodes(replace(config, train=replace(train, num_images=first)), "train", context)["train"]
@@ -351,17 +365,21 @@ def _for_seconds(config: Config, options: SweepConfig, context: Context, name: s
 @contextmanager
 def _watched(sweep: Sweep, total: int, interval_sec: float, say: Say) -> Iterator[Callable[[dict[str, Any], str], None]]:
     """Says how the trials come along; gives what is to be told how each of them ended."""
-    over, ended_so_far = threading.Event(), [sum(_finished(sweep, trial) for trial in sweep.trials)]
+    # ASHA is told of the finished ones again.
+    over, ended_so_far = threading.Event(), [0 if sweep.config.sweep.asha else sum(_finished(sweep, trial) for trial in sweep.trials)]
 
     def ended(chosen: dict[str, Any], how: str) -> None:
-        mine = [record for record in outcomes.records(sweep.folder) if record["id"] == chosen.get("id") or record["point"] == chosen]
+        points = (chosen, trials.twin(chosen, sweep.config)) if "id" not in chosen else ()
+        mine = [record for record in outcomes.records(sweep.folder) if record["id"] == chosen.get("id") or record["point"] in points]
+        if not mine and how == FAILED and "id" in chosen:  # before it could say anything
+            mine = [{**chosen, "state": RUNNING, "error": "", "folders": {}, "reports": []}]
         for record in mine:
             if record["state"] == RUNNING:
                 record |= {"state": STOPPED} if how == STOPPED else {"state": FAILED, "error": record["error"] or "its process died"}
                 outcomes.write_record(sweep.folder, record)
         ended_so_far[0] += 1
         worst = next((record for record in mine if record["state"] == FAILED), None)
-        what = f"failed: {worst['error']}" if worst else "ended early" if any(record["state"] == STOPPED for record in mine) else "done"
+        what = f"failed: {worst['error']}" if worst else "ended early" if any(record["state"] == STOPPED for record in mine) else how
         say(f"{ended_so_far[0]} of {total}: {chosen.get('label') or trials.label(chosen)}: {what}")
 
     def follow() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from d2c_ray import plan as plans
-from d2c_ray.config import Config, SweepConfig, dotted, from_dict, merged, to_dict
+from d2c_ray.config import INCEPTION, Config, SweepConfig, dotted, from_dict, merged, to_dict
 from d2c_ray.errors import UserError, nearest
 from d2c_ray.plan import Plan
 
@@ -38,7 +38,7 @@ class Trial:
         id: a hash of what it is, the same in every sweep of the same run folder.
         twin: whether it is there for comparison alone: a random choice in place of another selector's.
         plan: its stages, those of other trials among them.
-        also: labels of other points that come to the same, as where an axis means nothing to a selector.
+        also: other points that come to the same, as where an axis means nothing to a selector.
     """
 
     id: str
@@ -47,7 +47,7 @@ class Trial:
     twin: bool
     config: Config
     plan: Plan
-    also: list[str] = field(default_factory=list)
+    also: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -96,6 +96,9 @@ def check(config: Config) -> None:
     for name in sweep.metrics:
         if name not in METRICS:
             raise UserError(f"sweep.metrics: {name!r} is unknown; of {', '.join(METRICS)}{nearest(name, list(METRICS))}")
+    networks = {config.evaluate.network, *(sweep.axes.get("evaluate.network") or [])}
+    if "inception_score" in sweep.metrics and networks != {INCEPTION}:
+        raise UserError(f"sweep.metrics: inception_score is of evaluate.network={INCEPTION}, and {config.evaluate.network} gives none.")
     if not sweep.metrics or len(set(sweep.metrics)) < len(sweep.metrics):
         raise UserError(f"sweep.metrics={sweep.metrics}: one measure or more, each once, would do.")
     if sweep.metrics[0] == "cost_seconds":
@@ -120,6 +123,8 @@ def check(config: Config) -> None:
             raise UserError(
                 f"sweep.asha={sweep.asha:,} is not below train.num_images={config.train.num_images:,}: there is nothing to end early."
             )
+        if sweep.asha < config.train.batch_size:
+            raise UserError(f"sweep.asha={sweep.asha} is less than the {config.train.batch_size} images of a step (train.batch_size).")
         if "train.num_images" in sweep.axes:
             raise UserError("sweep.asha with train.num_images as an axis: trials that are compared at a rung see equally many images.")
         if len(sweep.metrics) > 1:
@@ -177,6 +182,8 @@ def _drawn(values: Any, generator: np.random.Generator) -> Any:
     if isinstance(values, list):
         return values[int(generator.integers(len(values)))]
     low, high = float(values["low"]), float(values["high"])
+    if values.get("integer") and not values.get("log"):
+        return int(generator.integers(values["low"], values["high"] + 1))
     value = math.exp(generator.uniform(math.log(low), math.log(high))) if values.get("log") else float(generator.uniform(low, high))
     return round(value) if values.get("integer") else float(f"{value:.4g}")  # as it is written, it is
 
@@ -207,7 +214,7 @@ def of_points(config: Config, given: list[dict[str, Any]], plan: "Planner") -> l
         made = planned.of("evaluate")[0].hash
         if made in found:
             if found[made].point != point:
-                found[made].also.append(label(point))
+                found[made].also.append(point)
             continue
         found[made] = Trial(made, point, seed, is_twin, own, planned)
     return list(found.values())

@@ -737,7 +737,7 @@ def test_a_training_opens_only_what_it_needs(written, tmp_path: Path) -> None:
 def test_a_worker_opens_its_columns_in_the_cache_folder_and_keeps_them_if_told(
     written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool, fails: bool
 ) -> None:
-    """What a worker of Ray Train runs, in this process; a training that fails leaves no more than one that ends."""
+    """What a worker of Ray Train runs, in this process; one that fails leaves its copy to the worker that is started in its place."""
 
     from d2c_ray.distributed import trainer
 
@@ -763,12 +763,12 @@ def test_a_worker_opens_its_columns_in_the_cache_folder_and_keeps_them_if_told(
     args = {
         "spec": spec.to_dict(), "train": asdict(options), "data": str(folder), "columns": condensed.training_columns(facts, "large"), "encoders": condensed.NOTHING, "start": "",
         "cache_dir": str(tmp_path / "cache"), "keep_cache": keep, "out": str(tmp_path), "threads": 1, "mended": "",
-        "where": str(tmp_path), "storage": asdict(StorageConfig()), "micro_batch": 0, "recompute": False, "notices": False,
+        "where": str(tmp_path), "storage": asdict(StorageConfig()), "micro_batch": 0, "recompute": False, "notices": False, "after": "", "use_gpu": False, "most_workers": 1,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="the training failed") if fails else nullcontext():
         trainer._worker(args)
     assert copies == [["label.npy", "latent_mean.npy", "latent_std.npy", "sample_id.npy", "vision_large.npy"]]
-    assert bool(list((tmp_path / "cache").rglob("*.npy"))) == keep
+    assert bool(list((tmp_path / "cache").rglob("*.npy"))) == (keep or fails)
     logs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(logs) == 2 and all(log["loss_align"] != 0 for log in logs)
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
-from conftest import DEBUG
+from conftest import DEBUG, ROOT
 from test_pipeline import finish, kill, start, wait_for
 
 from d2c_ray.config import SweepConfig, load
@@ -47,7 +47,7 @@ def results(folder: Path) -> dict[str, dict]:
 
 def test_a_sweep_whose_driver_is_killed_ends_as_one_that_is_not(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed" / "small"
-    process = start("sweep", str(config), f"run.dir={folder.parent}")
+    process = start("sweep", str(config), f"run.dir={os.path.relpath(folder.parent, ROOT)}")  # trials find it from wherever they work
     wait_for(lambda: len(done(folder)) >= 1 and len(list(folder.glob("train-*"))) >= 2, process)
     kill(process)
     kept = {path: path.stat().st_mtime_ns for path in [*folder.glob("*/_SUCCESS.json"), *done(folder).values()]}

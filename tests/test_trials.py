@@ -57,6 +57,8 @@ def given(*overrides: str) -> Config:
         (["sweep.metrics=[cost_seconds]"], "the cheapest point would be the best"),
         (["sweep.equal=seconds"], "needs sweep.seconds"),
         (["sweep.asha=512"], "not below train.num_images=512"),
+        (["sweep.asha=16"], "less than the 32 images of a step"),
+        (["sweep.metrics=[frechet,inception_score]"], "inception_score is of evaluate.network=inception"),
         (["sweep.asha=128", "sweep.axes={train.num_images: [256, 512]}"], "equally many images"),
         (["sweep.asha=128", "sweep.metrics=[frechet,kid]"], "goes by one measure"),
         (["sweep.asha=128", "sweep.equal=seconds", "sweep.seconds=9"], "one of the two"),
@@ -102,7 +104,7 @@ def test_points_that_come_to_the_same_are_one_trial() -> None:
         "selector=interval f=0.5 seed=0",
         "selector=interval f=0.75 seed=0",
     ]
-    assert found[0].also == ["selector=random f=0.75"]
+    assert found[0].also == [{"select.selector": "random", "select.f": 0.75}]
 
 
 def test_a_value_that_its_field_cannot_have_is_named_with_its_point() -> None:
@@ -202,6 +204,33 @@ def test_what_seeds_tell_apart_is_said_and_nothing_else() -> None:
     assert {one.verdict for one in few} == {"too few seeds"} and all(one.p is None for one in few)
     nothing = outcomes.comparisons(outcomes.groups(rows(0.0, 3.0), "frechet"), "frechet")
     assert all(one.verdict == "not told apart" for one in nothing if one.axis == "select.selector")
+
+
+def test_a_point_stands_for_those_that_come_to_the_same() -> None:
+    """A random choice has no f: it is compared with the interval selector at every one."""
+    found = []
+    for seed, luck in enumerate((0.0, 0.3, 0.1, 0.2)):
+        for f, value in ((0.5, 6.1), (0.75, 3.1)):
+            found.append(row({"select.budget": 30, "select.selector": "interval", "select.f": f}, seed, value + luck))
+        random = row({"select.budget": 30, "select.selector": "random", "select.f": 0.5}, seed, 5.1 + luck * luck)
+        found.append({**random, "also": [{"select.budget": 30, "select.selector": "random", "select.f": 0.75}]})
+    every = {(one.axis, one.a, one.b): one for one in outcomes.comparisons(outcomes.groups(found, "frechet"), "frechet")}
+    one = every["select.selector", "interval", "random"]
+    assert one.means[0] == pytest.approx((6.1 + 3.1) / 2 + 0.15) and one.verdict == "better"
+    assert every["select.f", "0.5", "0.75"].means == pytest.approx((6.25, 3.25)), "f is compared where it means something"
+
+
+def test_a_selector_is_compared_with_its_random_twin_where_it_is_no_axis() -> None:
+    found = []
+    for seed in range(4):
+        found.append({**row({"select.budget": 30}, seed, 2.0 + 0.01 * seed), "selector": "interval"})
+        found.append(row({"select.budget": 30, "select.selector": "random"}, seed, 3.0 + 0.02 * seed, twin=True))
+    (one,) = [one for one in outcomes.comparisons(outcomes.groups(found, "frechet"), "frechet") if one.axis == "select.selector"]
+    assert (one.a, one.b, one.verdict, one.where) == ("interval", "random", "better", "budget=30")
+    page = report.summary(given("sweep.axes={select.budget: [30]}"), found)
+    assert page["tuned"] == 1 and page["better_twin"] is None and page["best"].point == {"select.budget": 30}
+    turned = [{**one, "measures": {"frechet": 9.0 - one["measures"]["frechet"]}} for one in found]
+    assert report.summary(given("sweep.axes={select.budget: [30]}"), turned)["better_twin"].twin
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:

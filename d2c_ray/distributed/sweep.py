@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
@@ -68,10 +69,12 @@ def optimise(
     """
     from ray.tune.search.optuna import OptunaSearch
 
+    # Points of an earlier attempt draw nothing: with the seed of that attempt the next ones would be its first again.
+    seed = int(np.random.SeedSequence([options.search_seed, len(before)]).generate_state(1)[0])
     modes = ["max" if more else "min" for more in more_is_better]
     several = len(modes) > 1
     search = OptunaSearch(
-        metric=options.metrics if several else options.metrics[0], mode=modes if several else modes[0], seed=options.search_seed,
+        metric=options.metrics if several else options.metrics[0], mode=modes if several else modes[0], seed=seed,
         points_to_evaluate=before or None, space={key: _axis(values) for key, values in options.axes.items()},
     )  # fmt: skip
     limited = tune.search.ConcurrencyLimiter(search, max_concurrent=concurrent)
@@ -99,6 +102,7 @@ def _fit(
 ) -> None:
     # Tune would write a CSV, a JSON and TensorBoard files for each trial; the run folder has it all.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths of a configuration may be relative to where the command was given
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # an interrupt ends the sweep, and not Tune alone
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints its table whatever `verbose` says
     # It would warn that those files are not there.

@@ -16,7 +16,7 @@ from d2c_ray.evaluate import record as records
 from d2c_ray.models import offline
 from d2c_ray.progress import clock
 from d2c_ray.report import numbers
-from d2c_ray.rundir import StageDir
+from d2c_ray.rundir import StageDir, place_seconds
 from d2c_ray.selection.baselines import NEEDS_SCORES
 
 METRICS = "metrics.json"
@@ -244,7 +244,7 @@ def _made_of(folder: Path, name: str, config: Config | None, metrics: dict[str, 
     return Student(
         name, metrics, config, needed["evaluate"]["fingerprint"], needed.get("attach", {}).get("rows_done"),
         train.get("facts", {}).get("images"), {stage: success["seconds"] for stage, success in needed.items()},
-        sum(success["seconds"] * success["places"] for success in on_gpus) / 3600 if on_gpus else None, train.get("device", ""),
+        sum(map(place_seconds, on_gpus)) / 3600 if on_gpus else None, train.get("device", ""),
     )  # fmt: skip
 
 

@@ -18,10 +18,11 @@ from d2c_ray.data import tables
 from d2c_ray.evaluate import paired
 from d2c_ray.evaluate import record as records_of
 from d2c_ray.report import compare
-from d2c_ray.rundir import write_json
+from d2c_ray.rundir import place_seconds, write_json
 from d2c_ray.trials import BUDGET, SELECTOR
 
 DONE, STOPPED, FAILED, RUNNING, WAITING = "done", "stopped", "failed", "running", "waiting"
+SECONDS = "seconds"  # folder of what equal seconds allowed
 MAKING = ("manifest", "teacher", "score", "embed", "select", "attach", "train")  # of the bill; the rest is measuring
 Row = dict[str, Any]
 
@@ -46,13 +47,18 @@ def measures(evaluation: Path) -> dict[str, float]:
     """A trial's numbers by the names of `trials.METRICS`, and the images it was trained on; those that were not measured are left out."""
     student = compare.find(str(evaluation))[0]
     generated = {**student.metrics["generated"], "agreement": student.metrics.get("label_agreement")}
-    found = {name: generated.get(name) for name in trials.METRICS} | {"cost_seconds": making(student.seconds), "images": student.seen}
+    found = {name: generated.get(name) for name in trials.METRICS} | {"cost_seconds": cost(evaluation), "images": student.seen}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def making(seconds: Mapping[str, float]) -> float:
-    """Seconds of making a student, of those of all its stages: what measuring it took is left out."""
-    return sum(value for stage, value in seconds.items() if stage in MAKING)
+def cost(folder: Path) -> float:
+    """What making a student took, up to a finished stage: seconds of GPUs, or of cores where there are none. Measuring it is left out."""
+    return sum(place_seconds(success) for stage, success in compare.needed_by(folder).items() if stage in MAKING)
+
+
+def seconds(folder: Path) -> float:
+    """The same as passed on a clock, one stage after the other."""
+    return sum(success["seconds"] for stage, success in compare.needed_by(folder).items() if stage in MAKING)
 
 
 def pace(curve: Sequence[Mapping[str, Any]]) -> float:
@@ -67,7 +73,8 @@ def gather(folder: Path, config: Config) -> list[Row]:
     """A row a trial: what it is, what was measured, what it cost; in the order in which the sweep lists them."""
     listed = list(json.loads((folder / "sweep.json").read_text())["trials"])
     order = {name: i for i, name in enumerate(listed)}
-    found = sorted(records(folder), key=lambda record: (order.get(record["id"], len(order)), record["label"]))
+    known = [record for record in records(folder) if not listed or record["id"] in order]
+    found = sorted(known, key=lambda record: (order.get(record["id"], len(order)), record["label"]))
     return [_row(folder, config, record) for record in found]
 
 
@@ -82,11 +89,13 @@ def _row(folder: Path, config: Config, record: Row) -> Row:
     evaluation = folder.parent / record["folders"].get("evaluate", "none")
     if (evaluation / compare.METRICS).is_file():
         student = compare.find(str(evaluation))[0]
-        seen = student.seen if student.seen is not None else own.train.num_images
+        decided = folder / SECONDS / f"{record['id']}.json"
+        if decided.is_file():  # the images that equal seconds allowed
+            own = replace(own, train=replace(own.train, num_images=json.loads(decided.read_text())["images"]))
         row |= {
-            "kept": student.kept, "seen": seen, "measures": measures(evaluation), "seconds": student.seconds, "cost_seconds": making(student.seconds),
+            "kept": student.kept, "seen": student.seen, "measures": measures(evaluation), "seconds": student.seconds, "cost_seconds": cost(evaluation),
             "gpu_hours": student.gpu_hours, "device": student.device, "record": student.metrics["record"], "floor": (student.metrics.get("subset") or {}).get("frechet"),
-            "real": (student.metrics.get("real") or {}).get("frechet"), "config": replace(own, train=replace(own.train, num_images=seen)) if config.sweep.equal == "seconds" else own,
+            "real": (student.metrics.get("real") or {}).get("frechet"), "config": own,
         }  # fmt: skip
     return row
 
@@ -228,13 +237,15 @@ class Comparison:
 
 def comparisons(found: Sequence[Group], metric: str) -> list[Comparison]:
     """Every two values of every axis, paired by seed and all else; selectors at every budget of their own."""
-    axes = list(dict.fromkeys(key for group in found for key in group.point))
+    # A point stands for all that come to the same, and says its selector also where that is no axis: a twin has another.
+    every = [({SELECTOR: group.rows[0]["selector"], **point}, group) for group in found for point in (group.point, *group.rows[0]["also"])]
+    axes = list(dict.fromkeys(key for point, _ in every for key in point))
     raw: list[tuple[str, str, Any, Any, tuple[float, float], paired.Paired]] = []
     for axis in axes:
-        values = distinct(group.point[axis] for group in found if axis in group.point)
-        budgets: list[Any] = distinct(group.point[BUDGET] for group in found) if axis == SELECTOR and BUDGET in axes else [None]
+        values = distinct(point[axis] for point, _ in every)
+        budgets: list[Any] = distinct(point[BUDGET] for point, _ in every) if axis == SELECTOR and BUDGET in axes else [None]
         for budget, (a, b) in itertools.product(budgets, itertools.combinations(values, 2)):
-            inside = [group for group in found if budget is None or group.point[BUDGET] == budget]
+            inside = [(point, group) for point, group in every if budget is None or point[BUDGET] == budget]
             pairs = _pairs(inside, axis, a, b)
             if pairs:
                 by_seed = {seed: [pair for own, *pair in pairs if own == seed] for seed in sorted({own for own, *_ in pairs})}
@@ -251,13 +262,13 @@ def comparisons(found: Sequence[Group], metric: str) -> list[Comparison]:
     ]
 
 
-def _pairs(found: Sequence[Group], axis: str, a: Any, b: Any) -> list[tuple[int, float, float]]:
+def _pairs(found: Sequence[tuple[dict[str, Any], Group]], axis: str, a: Any, b: Any) -> list[tuple[int, float, float]]:
     """(seed, value with a, value with b) of points that are alike in all but the axis."""
-    rest = {value: {_without(group.point, axis): group for group in found if group.point.get(axis) == value} for value in (a, b)}
+    first, second = ({_without(point, axis): group for point, group in found if point[axis] == value} for value in (a, b))
     pairs = []
-    for others, group in rest[a].items():
-        other = rest[b].get(others)
-        if other is not None:
+    for others, group in first.items():
+        other = second.get(others)
+        if other is not None and other is not group:  # an axis that means nothing there
             pairs += [(seed, value, other.values[seed]) for seed, value in group.values.items() if seed in other.values]
     return pairs
 

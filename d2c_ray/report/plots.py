@@ -180,7 +180,7 @@ def against_cost(
                 [x for x, *_ in mine], [y for _, y, *_ in mine], [spread or 0.0 for _, _, spread, _ in mine], color=_colour(index), capsize=2, marker="o",
                 markersize=5, linestyle="none", elinewidth=0.8, label=name,
             )  # fmt: skip
-        axis.set_xlabel("seconds of making the student: teacher, scoring, selecting, attaching, training")
+        axis.set_xlabel("seconds of GPUs (else of cores): teacher, scoring, selecting, attaching, training")
         axis.set_ylabel(heading)
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
         return _svg(figure)

@@ -54,12 +54,19 @@ def summary(config: Config, rows: list[Row]) -> dict[str, Any]:
     best = outcomes.best(tuned, metric) if tuned else None
     return {
         "metric": metric, "heading": numbers.COLUMNS.get(metric, metric), "rows": rows, "groups": sorted(every, key=lambda group: _order(group, metric)),
-        "best": best, "more_is_better": METRICS[metric], "front": outcomes.front(every, metric), "comparisons": compared, "apart": apart,
+        "best": best, "tuned": len(tuned), "better_twin": _better_twin(every, best, metric), "more_is_better": METRICS[metric], "front": outcomes.front(every, metric), "comparisons": compared, "apart": apart,
         "counts": {state: sum(row["state"] == state for row in rows) for state in (DONE, STOPPED, FAILED)},
         "failed": [row for row in rows if row["state"] == FAILED], "real": _mean(alike, "real"), "notices": notices(config, every, alike, apart),
         "next": what_next(config, every, compared, best, metric), "seconds": sum(row["cost_seconds"] or 0.0 for row in rows),
         "record": alike[0]["record"] if alike else None,
     }  # fmt: skip
+
+
+def _better_twin(every: Sequence[Group], best: Group | None, metric: str) -> Group | None:
+    """The best random twin, where it is better than the best of the points that were asked for."""
+    twins = [group for group in every if group.twin]
+    found = outcomes.best(twins, metric) if twins and best is not None else None
+    return found if found is not None and best is not None and _order(found, metric) < _order(best, metric) else None
 
 
 def _order(group: Group, metric: str) -> float:

@@ -73,7 +73,8 @@ def run(job: Job) -> Result:
     chosen = _decoded(job) if everything else tables.read(job.out / provenance.SELECTION, ["label"])
     selection = job.facts("select") | ({"images": done, "share": done / count} if everything else {})
     # What the larger dataset cost an image, this one's images would have cost on their own.
-    elsewhere = larger.success()["seconds"] * count / larger.success()["rows_done"] if larger is not None else 0.0
+    part = count / larger.success()["rows_done"] if larger is not None else 0.0
+    elsewhere = larger.success()["seconds"] * part if larger is not None else 0.0
     told = provenance.write(
         job.out, fingerprint=job.fingerprint, rows=done, class_names=names,
         data={"source": config.data.source, "path": _source(config.data.path), "image_size": config.data.image_size, "channels": config.data.channels},
@@ -89,6 +90,7 @@ def run(job: Job) -> Result:
             **({"taken_from": larger.path.name} if larger is not None else {}),
         },
         elsewhere,
+        rundir.place_seconds(larger.success()) * part if larger is not None else 0.0,
     )  # fmt: skip
 
 

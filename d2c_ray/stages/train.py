@@ -4,7 +4,7 @@ import math
 
 from d2c_ray.distributed import checkpoints, trainer
 from d2c_ray.job import Job, Result
-from d2c_ray.rundir import StageDir
+from d2c_ray.rundir import StageDir, place_seconds
 
 
 def run(job: Job) -> Result:
@@ -18,9 +18,8 @@ def run(job: Job) -> Result:
     if shorter is None:
         return Result(rows, rows, 0, facts)
     before = shorter.success()
-    return Result(
-        rows, rows, 0, {**facts, "after": {"folder": shorter.path.name, "images": before["facts"]["images"]}}, before["seconds"]
-    )  # fmt: skip
+    facts["after"] = {"folder": shorter.path.name, "images": before["facts"]["images"]}
+    return Result(rows, rows, 0, facts, before["seconds"], place_seconds(before))
 
 
 def _shorter(job: Job) -> StageDir | None:
