@@ -28,6 +28,7 @@ from d2c_ray.selection import difficulty
 from d2c_ray.training import batches, loop
 
 MEASURED = {"unguided": "sample", "reference": "evaluate"}  # stages that do the work of another
+ON_ALL = ("score", "embed", "attach", "reference")  # stages that run on all places
 TRAIN_STEPS, SAMPLE_STEPS = 3, 2  # of a measurement, behind one that warms up
 MOST_MEASURED = 4096  # real images in the features of which measuring is timed; more take longer in proportion
 # What a stage takes besides its images, in times that Python takes to import what its workers do: starting Ray's workers, writing,
@@ -49,9 +50,9 @@ class Rates:
     each: dict[str, float]
     measuring: float
 
-    def stage(self, stage: str, config: Config, images: int) -> float:
-        """Seconds of a whole stage."""
-        each = self.each.get(key(config, MEASURED.get(stage, stage)), 0.0)
+    def stage(self, stage: str, config: Config, images: int, places: int = 1) -> float:
+        """Seconds of a whole stage; those that all trials wait for have `places` processes."""
+        each = self.each.get(key(config, MEASURED.get(stage, stage)), 0.0) / (places if stage in ON_ALL else 1)
         return self.start * STARTS[stage] + images * each + (self.measuring if stage == "evaluate" else 0.0)
 
 

@@ -13,6 +13,7 @@ then trains, samples and evaluates. The same command goes on where it was cut of
 """
 
 import hashlib
+import itertools
 import json
 import math
 import threading
@@ -429,11 +430,9 @@ def forecast(config: Config) -> dict[str, Any]:
         _list(sweep, pipeline.Status(sweep.plan, record=False), lambda _: None)
     manifest, assumed = sweep.plan.of("manifest")[0], list[str]()
     data, _ = estimate.known(0, config, manifest.dir.success()["facts"], None)
-    concurrent = concurrency(config, _places(config))
-    listed = sweep.trials or [
-        Trial(f"{index}-{seed}", {}, seed, False, config, trials.Planner(sweep.sources)(replace(config, sweep=SweepConfig())))
-        for index in range(config.sweep.num_points) for seed in config.sweep.seeds
-    ]  # fmt: skip
+    places, options = _places(config), config.sweep
+    concurrent = concurrency(config, places)
+    listed = sweep.trials or _unknown(sweep)
     nodes: dict[str, Node] = {}
     for trial in listed:
         for node in trial.plan.arms["student"].values():
@@ -448,11 +447,21 @@ def forecast(config: Config) -> dict[str, Any]:
         if node.stage == "attach":  # all of a kind are taken from one of all their images
             attaching.setdefault(node.lineage, []).append(node)
         count = 0 if node.stage == "attach" else _images(node, data.images, held + real)
-        seconds[name] = pace.stage(node.stage, node.config, count)
+        seconds[name] = pace.stage(node.stage, node.config, count, places)
+        if node.stage == "train" and options.equal == "seconds":
+            seconds[name] = min(seconds[name], pace.stage("train", node.config, 0) + options.seconds)
+        if node.stage in OWN[1:]:  # once more at every rung
+            seconds[name] *= len(trials.rungs(replace(node.config, sweep=options)))
     for lineage, group in attaching.items():
         # Subsets overlap by an amount that only selecting shows: as many images as there can be.
         chosen = sum(_images(node, data.images, 0) for node in group)
-        seconds[f"attach once {lineage}"] = pace.stage("attach", group[0].config, min(chosen, data.images))
+        seconds[f"attach once {lineage}"] = pace.stage("attach", group[0].config, min(chosen, data.images), places)
+    if options.asha:
+        assumed.append("that ASHA ends no trial early: it will take less")
+    if options.equal == "seconds":
+        assumed.append(f"that training takes all of the {options.seconds:g} s at most")
+    if not sweep.trials:
+        assumed.append("that every point costs what the configuration itself does")
     own = sum(value for name, value in seconds.items() if name in todo and todo[name].stage in OWN)
     shared = sum(seconds.values()) - own
     return {
@@ -461,6 +470,16 @@ def forecast(config: Config) -> dict[str, Any]:
         "seconds": shared + own / concurrent, "bytes": _bytes(listed, todo, data, assumed), "assumed": list(dict.fromkeys(assumed)),
         "images_per_second": _paces(pace, todo), "labels": [trial.label for trial in sweep.trials],
     }  # fmt: skip
+
+
+def _unknown(sweep: Sweep) -> list[Trial]:
+    """As many trials as points that are chosen on the way come to, each like the configuration itself."""
+    config, options = sweep.config, sweep.config.sweep
+    own = replace(config, sweep=SweepConfig())
+    planned = trials.Planner(sweep.sources)(own)
+    twins = (False, True) if options.random_twins and trials.twin({}, config) is not None else (False,)
+    every = itertools.product(range(options.num_points), options.seeds, twins)
+    return [Trial(f"{index}-{seed}-{twin}", {"point": index, "twin": twin}, seed, twin, own, planned) for index, seed, twin in every]
 
 
 def _places(config: Config) -> int:
@@ -511,7 +530,7 @@ def _bytes(listed: list[Trial], todo: dict[str, Node], data: estimate.Data, assu
         spec = estimate.transformer_spec(node.config, data.classes, assumed)
         sizes = estimate.sizes(node.config, spec, _images(node, data.images, 0), data, assumed)
         if node.stage == "attach":
-            found["datasets"] += sizes["dataset"]["total"]
+            found["datasets"] += 2 * sizes["dataset"]["total"]  # once more in the one that all of a kind are taken from
         elif node.stage == "train":
             found["checkpoints"] += sizes["checkpoints"]
             found["models"] += sizes["model"]

@@ -357,3 +357,5 @@ def test_a_dry_run_says_what_it_takes_and_makes_nothing_but_the_list_of_images(t
     ]
     printed = "\n".join(report.forecast_lines(found))
     assert "8 trials of 4 points, 4 of them random twins; 1 at once" in printed and "hours: 0." in printed
+    optuna = sweep._unknown(sweep.make(given(f"run.dir={tmp_path}", "sweep.search=optuna", "sweep.num_points=3")))
+    assert len(optuna) == 3 * 3 * 2 and sum(trial.twin for trial in optuna) == 9
