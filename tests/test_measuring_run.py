@@ -292,6 +292,7 @@ def test_measuring_takes_no_memory_for_the_reference(
         assert metrics[count]["copying"]["training"] == 100 and metrics[count]["generated"]["kid_count"] == 300
         assert metrics[count]["record"]["probe_rows"] == 300 and metrics[count]["record"]["reference_rows"] == 300
         assert f"copies are sought among 100 of the {count // 2:,} training images, drawn once" in metrics[count]["notices"]
-    more = 13_500 * 1280 * 4
+    more, blocks = 13_500 * 1280 * 4, 8 * 500 * 1280 * 4  # Arrow's threads may hold some blocks more at a time, and may not
+    assert blocks < more / 3
     for few, many in zip(*peaks, strict=True):
-        assert few > 1e6 and many - few < more / 10, f"{many / 2**20:.0f} MiB for ten times the images of {few / 2**20:.0f} MiB"
+        assert few > 1e6 and many - few < blocks, f"{many / 2**20:.0f} MiB for ten times the images of {few / 2**20:.0f} MiB"
