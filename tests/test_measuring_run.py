@@ -232,6 +232,28 @@ def made_up(folder: Path, ids: np.ndarray, rng: np.random.Generator, rows: int =
     return StageDir(folder)
 
 
+def test_blocks_do_not_depend_on_how_rows_are_cut_into_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "BLOCK", 50)
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(173, 6)).astype(np.float32)
+    found = {}
+    for size in (3, 50, 64, 200):
+        parts = []
+        for start in range(0, 173, size):
+            rows = np.arange(start, min(173, start + size))
+            parts.append(tmp_path / f"{size}-{start:03d}.parquet")
+            tables.write(parts[-1], measured.table(rows, rows % 4, {"net": features[rows]}), {})
+        every = list(measured.blocks(parts, "net"))
+        assert [len(block.ids) for block in every] == [50, 50, 50, 23]
+        assert np.array_equal(np.concatenate([block.features for block in every]), features)
+        assert np.array_equal(np.concatenate([block.ids for block in every]), np.arange(173))
+        moments = frechet.Moments(6)
+        for block in every:
+            moments.update(block.features)
+        found[size] = moments.statistics().sigma
+    assert all(np.array_equal(sigma, found[3]) for sigma in found.values())
+
+
 def test_measuring_takes_no_memory_for_the_reference(
     debug_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

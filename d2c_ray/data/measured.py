@@ -57,17 +57,34 @@ def listed(parts: list[Path]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def blocks(parts: list[Path], network: str) -> Iterator[Measured]:
-    """The rows of parts in order, those of some parts at a time: about `BLOCK` are in memory, however many there are."""
+    """The rows of parts in order, `BLOCK` at a time: no more of them are in memory, however many there are.
+
+    Sums over blocks do not depend on how the rows are cut into parts, not by their last bits either.
+    """
+    rest: Measured | None = None
     some: list[Path] = []
-    rows = 0
-    for part in parts:
+    waiting = 0
+    for number, part in enumerate(parts, 1):
         some.append(part)
-        rows += tables.num_rows(part)
-        if rows >= BLOCK:
-            yield read(some, network)
-            some, rows = [], 0
-    if rows:
-        yield read(some, network)
+        waiting += tables.num_rows(part)
+        if waiting < BLOCK and number < len(parts):
+            continue
+        found = read(some, network) if rest is None else _joined(rest, read(some, network))
+        while len(found.ids) >= BLOCK:
+            yield _rows(found, 0, BLOCK)
+            found = _rows(found, BLOCK, len(found.ids))
+        # A copy, or all that it is a part of would be held as well.
+        rest, some, waiting = _joined(found), [], len(found.ids)
+    if rest is not None and len(rest.ids):
+        yield rest
+
+
+def _rows(of: Measured, start: int, stop: int) -> Measured:
+    return Measured(*(None if values is None else values[start:stop] for values in of))  # type: ignore[arg-type]
+
+
+def _joined(*some: Measured) -> Measured:
+    return Measured(*(None if values[0] is None else np.concatenate(values) for values in zip(*some, strict=True)))  # type: ignore[arg-type]
 
 
 class Picked:
