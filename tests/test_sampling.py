@@ -291,7 +291,10 @@ def sampled(trained: Path, out: Path, *overrides: str) -> Path:
 
 
 @pytest.mark.xdist_group("ray")
-def test_two_actors_make_the_same_images_and_finish_what_one_began(tmp_path: Path, local_ray: None) -> None:
+def test_two_actors_make_the_same_images_and_finish_what_one_began(
+    tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "CPU_BATCH", 2)  # in this process, which cuts the work: several parts of few images
     trained = saved(tmp_path / "train")
     out = sampled(trained, tmp_path / "samples", "resources.actors=1", "sample.keep=png")
     parts = StageDir(out).parts()
