@@ -369,7 +369,7 @@ def test_killed_at_every_turn_it_ends_as_if_undisturbed(finished: tuple[Path, st
     d2c = json.loads((finished[0] / "plan.json").read_text())["arms"]["D2C"]
     undisturbed = json.loads((finished[0] / d2c["evaluate"] / "metrics.json").read_text())
     measured = json.loads(only(folder, "eval-*/metrics.json").read_text())
-    mine, theirs = ({key: value for key, value in leaves(found)} for found in (measured, undisturbed))
+    mine, theirs = (dict(leaves(found)) for found in (measured, undisturbed))
     assert mine.keys() == theirs.keys()
     # Its shards are others, and sums over them may be rounded otherwise.
     assert {key: value for key, value in mine.items() if value != theirs[key] and value != pytest.approx(theirs[key], rel=1e-6)} == {}
