@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,15 +63,6 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None
         assert process.poll() is None, f"the run ended first:\n{process.stdout.read()[-3000:]}"
         assert time.monotonic() < until, "it never came to that"
         time.sleep(0.1)
-
-
-def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """The single values of nested JSON, by where they stand."""
-    if isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(inner, f"{name}/{key}")
-    else:
-        yield name, value
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -252,7 +242,7 @@ def test_a_finished_run_is_compared(finished: tuple[Path, str]) -> None:
 
 def test_a_single_stage_says_where_it_left_what(finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    out = finish(start("select", str(DEBUG), f"run.dir={folder.parent}", *ARMS))
+    out = finish(start("select", str(DEBUG), f"run.dir={folder.parent}", UNGUIDED, *ARMS))
     assert "select (D2C): " in out
     assert "select (Random+Attach): " in out
     assert out.count("nominal f") == 2
@@ -369,10 +359,7 @@ def test_killed_at_every_turn_it_ends_as_if_undisturbed(finished: tuple[Path, st
     d2c = json.loads((finished[0] / "plan.json").read_text())["arms"]["D2C"]
     undisturbed = json.loads((finished[0] / d2c["evaluate"] / "metrics.json").read_text())
     measured = json.loads(only(folder, "eval-*/metrics.json").read_text())
-    mine, theirs = (dict(leaves(found)) for found in (measured, undisturbed))
-    assert mine.keys() == theirs.keys()
-    # Its shards are others, and sums over them may be rounded otherwise.
-    assert {key: value for key, value in mine.items() if value != theirs[key] and value != pytest.approx(theirs[key], rel=1e-6)} == {}
+    assert measured == undisturbed
 
 
 def test_checkpoints_with_half_an_index_are_set_aside_and_still_used(tmp_path: Path) -> None:
