@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import yaml
-from conftest import DEBUG, ROOT
+from conftest import ROOT
 from test_pipeline import finish, kill, start, wait_for
 
 from d2c_ray.config import SweepConfig, load
@@ -26,11 +26,21 @@ OWN = ("train", "samples", "eval", "sweep")  # folders of trials; all others are
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two selectors of the smallest run, and the random twin of both."""
+def config(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cut of configs/sweep_cifar10.yaml: two selectors, one that looks at scores and one at features, and the random twin of both."""
     file = tmp_path_factory.mktemp("configs") / "small.yaml"
-    sweep = {"axes": {"select.selector": ["interval", "hardest"]}, "seeds": [7], "concurrent": 1}
-    file.write_text(yaml.safe_dump({"base": str(DEBUG), "train": {"preview_every": 0}, "sweep": sweep}))
+    changes = {
+        "data": {"path": str(cifar10), "pattern": "train-000.parquet", "limit_per_class": 20},
+        "teacher": {"train": {"num_images": 512}},
+        "train": {"num_images": 512, "log_every": 128, "checkpoint_every": 256},
+        "sample": {"num_images": 40, "steps": 4},
+        "sweep": {
+            "axes": {"select.budget": [40], "select.selector": ["interval", "gadc"], "train.align_weight": [0.5]},
+            "seeds": [7],
+            "concurrent": 1,
+        },
+    }
+    file.write_text(yaml.safe_dump({"base": str(ROOT / "configs" / "sweep_cifar10.yaml"), **changes}))
     return file
 
 
@@ -53,13 +63,14 @@ def test_a_sweep_whose_driver_is_killed_ends_as_one_that_is_not(config: Path, tm
     kept = {path: path.stat().st_mtime_ns for path in [*folder.glob("*/_SUCCESS.json"), *done(folder).values()]}
     assert 1 <= len(done(folder)) < 3
     out = finish(start("sweep", str(config), f"run.dir={folder.parent}"))
-    assert "best: selector=" in out and len(done(folder)) == 3
+    assert "best: budget=40 selector=" in out and len(done(folder)) == 3
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was finished is not made again"
     counts = {
-        name: len(list(folder.glob(f"{name}-*"))) for name in ("teacher", "scores", "selection", "condensed", "reference", "train", "eval")
+        name: len(list(folder.glob(f"{name}-*")))
+        for name in ("teacher", "scores", "features", "selection", "condensed", "reference", "train", "eval")
     }
     # A selection and a dataset of all images that any of the three chose, beside their own.
-    assert counts == {"teacher": 1, "scores": 1, "selection": 4, "condensed": 4, "reference": 1, "train": 3, "eval": 3}
+    assert counts == {"teacher": 1, "scores": 1, "features": 1, "selection": 4, "condensed": 4, "reference": 1, "train": 3, "eval": 3}
     taken = [json.loads(path.read_text())["facts"].get("taken_from") for path in folder.glob("condensed-*/_SUCCESS.json")]
     assert taken.count(None) == 1 and len(set(taken)) == 2
 
@@ -71,7 +82,7 @@ def test_a_sweep_whose_driver_is_killed_ends_as_one_that_is_not(config: Path, tm
     assert {name: {key: row[key] for key in same} for name, row in mine.items()} == {
         name: {key: row[key] for key in same} for name, row in other.items()
     }
-    assert {row["selector"]: row["twin"] for row in mine.values()} == {"interval": False, "hardest": False, "random": True}
+    assert {row["selector"]: row["twin"] for row in mine.values()} == {"interval": False, "gadc": False, "random": True}
 
     random = next(row for row in mine.values() if row["selector"] == "random")
     chosen = next(row for row in mine.values() if row["selector"] == "interval")
