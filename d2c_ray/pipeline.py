@@ -368,6 +368,7 @@ class Status:
                     self.write()
 
         self._run |= {"upto": upto, **about}
+        self.write()
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         end = {"state": "done"}
