@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -382,7 +382,8 @@ class Status:
             over.set()
             thread.join()
             self._run |= end
-            self.write()
+            with nullcontext() if end["state"] == "done" else suppress(OSError):  # a full disk's, which would hide what was wrong
+                self.write()
 
     def set(self, node: Node, state: str, error: str = "") -> None:
         with self._lock:
@@ -396,7 +397,8 @@ class Status:
         with self._lock:
             self._stopped = True
             self._states |= {name: {"state": "stopped", "at": now()} for name, said in self._states.items() if said["state"] == "running"}
-        self.write()
+        with suppress(OSError):  # which would hide what was wrong
+            self.write()
 
     def write(self) -> None:
         if not self._record:

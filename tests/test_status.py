@@ -210,9 +210,10 @@ def test_a_sweep_counts_its_trials(debug_config) -> None:
         train = planned.plan.arms[one.id]["train"].folder
         write_json(train / PROGRESS, {"done": 128, "total": 512, "unit": "images", "rate": 2.0})
         found = read(planned.plan.folder)
-    assert found["sweep"]["counts"] == {"done": 0, "running": 1, "failed": 1, "stopped": 0, "waiting": 1}
+    assert found["sweep"]["counts"] == {"done": 0, "running": 1, "cut_off": 0, "failed": 1, "stopped": 0, "waiting": 1}
     assert found["sweep"]["running"] == [{"label": one.label, "stage": "train", "done": 128, "total": 512, "unit": "images", "rate": 2.0}]
     assert found["sweep"]["failed"] == [{"label": two.label, "error": "no budget"}]
     assert not {"train", "sample", "evaluate"} & set(stages(found)), "trials' own stages are told by trial"
     assert "3 trials: 1 running, 1 failed, 1 waiting" in "\n".join(status.lines(found))
-    assert status.read(str(planned.folder), LOCAL)["sweep"]["folder"] == planned.folder.name  # by its own folder too
+    found = status.read(str(planned.folder), LOCAL)  # by its own folder, after the run
+    assert found["sweep"]["folder"] == planned.folder.name and (found["sweep"]["counts"]["cut_off"], found["sweep"]["running"]) == (1, [])

@@ -11,12 +11,14 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import ray
 import requests
 from ray._private.ray_constants import get_runtime_env_default_excludes
@@ -39,7 +41,9 @@ LIMIT_BYTES = packaging.GCS_STORAGE_MAX_SIZE  # an upload has to stay below
 MOST_NAMED = 4  # of what makes an upload large
 STOPPED, INTERRUPTED, LOST = 143, 130, 1  # exit statuses besides 0 and the job's own
 ENDED_SEC = 30.0  # longest wait between a job's last line and its state
-PATIENCE_SEC = 60.0  # without an answer of the cluster
+ANSWER_SEC = 60.0  # longest wait for an answer of the cluster
+SILENT_SEC = 20.0  # of a log, after which the cluster is asked whether the job is still there
+PATIENCE_SEC = 180.0  # without any answer, after which it is given up
 # Fields that may name a file or a folder.
 PATHS = (
     "data.path", "data.classes", "teacher.checkpoint", "teacher.classes", "teacher.train.start", "train.start", "vae.path", "attach.text.encoder",
@@ -199,7 +203,7 @@ def submit(job: Job, address: str, name: str, wait: bool, say: Say) -> int:
     """
     logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
     with _addressed(address), _refused(address):
-        client = JobSubmissionClient(address or None)
+        client = _Client(address or None)
         if name:
             _untaken(client, name)
         say(f"uploading {_mib(sum(job.files.values()))} in {len(job.files):,} files, unless the cluster has them already")
@@ -218,6 +222,13 @@ def submit(job: Job, address: str, name: str, wait: bool, say: Say) -> int:
     except KeyboardInterrupt:
         say(f"the job goes on: {ways}, and d2c status {job.metadata['run']} says how far it is.")
         return INTERRUPTED
+
+
+class _Client(JobSubmissionClient):
+    """Ray's own client would wait for ever for a head that is gone."""
+
+    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
+        return super()._do_request(method, endpoint, **{"timeout": ANSWER_SEC, **kwargs})
 
 
 @contextmanager
@@ -274,21 +285,35 @@ async def _follow(client: JobSubmissionClient, name: str, say: Say) -> int:
     shown, since = 0, time.monotonic()  # characters; of the last answer
     while True:
         try:
-            skip = shown  # each log begins at its beginning
-            async for text in client.tail_job_logs(name):
+            log, skip = client.tail_job_logs(name), shown  # each begins at the log's beginning
+            while (text := await _next(client, name, log)) is not None:
                 fresh, skip = text[skip:], max(0, skip - len(text))
                 sys.stdout.write(fresh)
                 sys.stdout.flush()
                 shown, since = shown + len(fresh), time.monotonic()
             details = await _ended(client, name)
-        except (OSError, RuntimeError, requests.exceptions.RequestException) as error:
-            details = None
+            since = time.monotonic()
+            if details is not None:
+                return _exit_status(details, name, say)
+        except (OSError, RuntimeError, aiohttp.ClientError, requests.exceptions.RequestException) as error:
             if time.monotonic() - since > PATIENCE_SEC:
                 say(f"the cluster is lost ({_first(error)}); what becomes of {name} is not known.")
                 return LOST
-        if details is not None:
-            return _exit_status(details, name, say)
         await asyncio.sleep(1.0)
+
+
+async def _next(client: JobSubmissionClient, name: str, log: AsyncIterator[str]) -> str | None:
+    """More of a job's log; None where it has ended. A head that is gone without a word ends no connection, so that silence is asked after."""
+    piece = asyncio.ensure_future(anext(log, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({piece}, timeout=SILENT_SEC)
+            if done:
+                return piece.result()
+            if client.get_job_info(name).status.is_terminal():
+                return None
+    finally:
+        piece.cancel()
 
 
 async def _ended(client: JobSubmissionClient, name: str) -> JobDetails | None:

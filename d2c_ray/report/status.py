@@ -60,7 +60,7 @@ def read(run: str, options: StorageConfig, now: datetime | None = None) -> dict[
     found["stages"] = [_stage(folder, node, said["stages"], found["state"]) for node in nodes]
     for stage in found["stages"]:
         stage["arms"] = [] if len(stage["arms"]) == len(plan["arms"]) else stage["arms"]  # all of them
-    found["sweep"] = _sweep(folder, sweep, plan) if sweep else None
+    found["sweep"] = _sweep(folder, sweep, plan, found["state"]) if sweep else None
     return found
 
 
@@ -144,11 +144,13 @@ def _stage(folder: _Folder, node: dict[str, Any], said: dict[str, Any], run: str
     return found
 
 
-def _sweep(folder: _Folder, name: str, plan: dict[str, Any]) -> dict[str, Any]:
+def _sweep(folder: _Folder, name: str, plan: dict[str, Any], run: str) -> dict[str, Any]:
     about = folder.json(f"{name}/sweep.json") or {"trials": {}}
     records = [folder.json(f"{name}/trials/{file}") for file in folder.names(f"{name}/trials") if file.endswith(".json")]
     records = [record for record in records if record]
-    counts = {state: sum(record["state"] == state for record in records) for state in ("done", "running", "failed", "stopped")}
+    if run != "running":  # whose trials went with it
+        records = [{**record, "state": "cut_off"} if record["state"] == "running" else record for record in records]
+    counts = {state: sum(record["state"] == state for record in records) for state in ("done", "running", "cut_off", "failed", "stopped")}
     counts["waiting"] = len(set(about["trials"]) - {record["id"] for record in records})
     running = [
         {"label": record["label"], **_trial(folder, plan["arms"].get(record["id"], {}))}
@@ -182,7 +184,8 @@ def lines(found: dict[str, Any]) -> list[str]:
             out.append(f"    {_short(stage['error'])}")
     sweep = found["sweep"]
     if sweep:
-        counts = ", ".join(f"{count} {'ended early' if state == 'stopped' else state}" for state, count in sweep["counts"].items() if count)
+        words = {"stopped": "ended early", "cut_off": "cut off"}
+        counts = ", ".join(f"{count} {words.get(state, state)}" for state, count in sweep["counts"].items() if count)
         out.append(f"  {sweep['folder']}: {sweep['trials']} trials: {counts or 'none has begun'}")
         out += [f"    running  {trial['label']}: {trial.get('stage', 'starting')} {_counts(trial)}".rstrip() for trial in sweep["running"]]
         out += [f"    failed   {trial['label']}: {_short(trial['error'])}" for trial in sweep["failed"]]
