@@ -140,9 +140,9 @@ def run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
     try:
         _schedule(waiting, running, free, status, say)
     except BaseException as error:
-        status.stop()
-        # Who asks a process to end kills it soon after: `ray job stop` in 3 s.
-        _abandon(list(running), 20.0 if isinstance(error, Exception) else 1.0)
+        failed = isinstance(error, Exception)
+        status.stop(all_of_it=not failed)
+        _abandon(list(running), 20.0 if failed else 1.0)
         raise
 
 
@@ -392,10 +392,15 @@ class Status:
             self._states[node.name] = {"state": state, "at": now(), **({"error": error} if error else {})}
         self.write()
 
-    def stop(self) -> None:
-        """Says that the stages which run are cut off, through no fault of their own."""
+    def stop(self, all_of_it: bool = False) -> None:
+        """Says that the stages which run are cut off, through no fault of their own.
+
+        Args:
+            all_of_it: the run is, which it says at once: who asks a process to end kills it soon after (`ray job stop` in 3 s).
+        """
         with self._lock:
             self._stopped = True
+            self._run |= {"state": "stopped"} if all_of_it else {}
             self._states |= {name: {"state": "stopped", "at": now()} for name, said in self._states.items() if said["state"] == "running"}
         with suppress(OSError):  # which would hide what was wrong
             self.write()

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
+import requests
 from conftest import DEBUG, ROOT
 from test_refusals import model_folder
 
@@ -34,6 +36,7 @@ class Head:
     """A head node. `environment` is that of its clients: the token's, and nothing that leads to another Ray."""
 
     address: str
+    token: str
     environment: dict[str, str]
 
     def start(self, *args: str, **environment: str) -> subprocess.Popen:
@@ -46,16 +49,13 @@ class Head:
             text=True,
         )
 
-    def run(self, *args: str, **environment: str) -> tuple[int, str]:
-        process = self.start(*args, **environment)
-        out, _ = process.communicate(timeout=240)
-        return process.returncode, out
 
-    def submit(self, *args: str, **environment: str) -> tuple[int, str]:
-        return self.run("-m", "d2c_ray.cli", "submit", CONFIG, "--address", self.address, *args, **environment)
-
-    def ray_job(self, *args: str) -> tuple[int, str]:
-        return self.run("-m", "ray.scripts.scripts", "job", args[0], "--address", self.address, *args[1:])
+def ended(process: subprocess.Popen, code: int) -> str:
+    """The output of a process, which ends with that exit status."""
+    out, _ = process.communicate(timeout=240)
+    print(out)
+    assert process.returncode == code
+    return out
 
 
 def free_port() -> int:
@@ -68,6 +68,7 @@ def free_port() -> int:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     token = tmp_path_factory.mktemp("token") / "token"
     token.write_text(secrets.token_hex(32))
+    ray.shutdown()  # of the tests before
     folder = Path(os.environ["D2C_RAY_TMPDIR"])
     ours = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH")}
     ours |= {
@@ -96,7 +97,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             while submit.answers("127.0.0.1", dashboard):
                 assert process.poll() is None and time.monotonic() < until, Path(log.name).read_text()
                 time.sleep(0.2)
-            yield Head(f"http://127.0.0.1:{dashboard}", {**ours, "PYTHONPATH": str(ROOT)})
+            yield Head(f"http://127.0.0.1:{dashboard}", token.read_text(), {**ours, "PYTHONPATH": str(ROOT)})
         finally:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
             for one in family:
@@ -108,48 +109,53 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
                 note.unlink()
 
 
-def test_a_job_that_succeeds_is_followed_to_its_end(head: Head, tmp_path: Path) -> None:
-    code, out = head.submit("--stage", "manifest", f"run.dir={tmp_path}", "--submission-id", "first", "--metadata", "who=tests")
-    assert code == 0, out
+def test_each_end_of_a_job_has_its_exit_status(head: Head, tmp_path: Path) -> None:
+    """Three at once: one that succeeds; one that only the data shows to be wrong; and Ray's own command with the script of jobs/."""
+    mine = ("-m", "d2c_ray.cli", "submit", CONFIG, "--address", head.address, f"run.dir={tmp_path}")
+    done = head.start(*mine, "--stage", "manifest", "--submission-id", "first", "--metadata", "who=tests")
+    failed = head.start(*mine, "run.name=failed", "select.budget=121")
+    script = ("python", "jobs/pipeline.py", CONFIG, f"run.dir={tmp_path}", "train.lrr=3")
+    wrong = head.start("-m", "ray.scripts.scripts", "job", "submit", "--address", head.address, "--working-dir", str(ROOT), "--", *script)
+
+    out = ended(done, 0)
     assert re.search(r"manifest \(student\): .*120 rows", out), "its log"
     found = status.read(str(tmp_path / "debug"), StorageConfig())
     assert (found["state"], found["upto"], found["job"]) == ("done", "manifest", "first")
-    code, out = head.submit("--stage", "manifest", f"run.dir={tmp_path}", "--submission-id", "first")
-    assert code == 2 and "there is a job of that name (SUCCEEDED)" in out
+
+    out = ended(failed, 2)
+    assert "select.budget asks for 121 images; there are 120" in out and "failed with exit status 2" in out
+    found = status.read(str(tmp_path / "failed"), StorageConfig())
+    assert found["state"] == "failed" and "there are 120" in found["error"]
+
+    out, _ = wrong.communicate(timeout=120)
+    assert wrong.returncode != 0 and "unknown configuration key 'train.lrr'" in out
+
+    assert "there is a job of that name (SUCCEEDED)" in ended(head.start(*mine, "--submission-id", "first"), 2)
 
 
 def test_a_wrong_token_and_none(head: Head, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     wrong.write_text(secrets.token_hex(32))
-    for path in (wrong, tmp_path / "none"):
-        code, out = head.submit("--stage", "manifest", f"run.dir={tmp_path}", RAY_AUTH_TOKEN_PATH=str(path))
-        assert code == 2 and "token" in out and "RAY_AUTH_TOKEN_PATH" in out and "Traceback" not in out, out
+    mine = ("-m", "d2c_ray.cli", "submit", CONFIG, "--address", head.address, "--stage", "manifest", f"run.dir={tmp_path}")
+    for process in [head.start(*mine, RAY_AUTH_TOKEN_PATH=str(path)) for path in (wrong, tmp_path / "none")]:
+        out = ended(process, 2)
+        assert "refuses the token" in out and "RAY_AUTH_TOKEN_PATH" in out and "Traceback" not in out, out
     assert not (tmp_path / "debug").exists()
 
 
-def test_a_failure_gives_its_own_exit_status(head: Head, tmp_path: Path) -> None:
-    # Refused in the job: only the data shows that the budget is too large.
-    code, out = head.submit(f"run.dir={tmp_path}", "select.budget=121")
-    assert code == 2 and "there are 120" in out and "failed with exit status 2" in out, out
-    # By Ray's own command, the script of jobs/, its short form and a configuration that is wrong.
-    code, out = head.ray_job(
-        "submit", "--working-dir", str(ROOT), "--", "python", "jobs/pipeline.py", CONFIG, "train.lrr=3", f"run.dir={tmp_path}"
-    )
-    assert code != 0 and "unknown configuration key 'train.lrr'" in out, out
-
-
 def test_a_stopped_job_goes_on_where_it_stopped(head: Head, tmp_path: Path) -> None:
-    teacher = model_folder(tmp_path / "teacher")
     slow = (
-        "score.num_timesteps=64",
-        "data.limit_per_class=0",
+        "data.limit_per_class=52",
         "data.rows_per_shard=64",
-        "resources.rows_per_task=16",
-        "resources.actors=1",
+        "score.num_timesteps=64",
         "score.device_batch=8",
+        "resources.rows_per_task=16",
     )
-    mine = ("--stage", "score", f"run.dir={tmp_path}", f"teacher.checkpoint={teacher}", *slow)
-    process = head.start("-m", "d2c_ray.cli", "submit", CONFIG, "--address", head.address, "--submission-id", "stopped", *mine)
+    mine = (
+        "-m", "d2c_ray.cli", "submit", CONFIG, "--address", head.address, "--stage", "score", f"run.dir={tmp_path}", "resources.actors=1",
+        f"teacher.checkpoint={model_folder(tmp_path / 'teacher')}", *slow,
+    )  # fmt: skip
+    process = head.start(*mine, "--submission-id", "stopped")
 
     def parts() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "debug").glob("scores-*/part-*.parquet")}
@@ -160,23 +166,19 @@ def test_a_stopped_job_goes_on_where_it_stopped(head: Head, tmp_path: Path) -> N
         assert time.monotonic() < until, "no shard came"
         time.sleep(0.05)
     assert status.read(str(tmp_path / "debug"), StorageConfig())["state"] == "running"
-    code, out = head.ray_job("stop", "stopped")
-    assert code == 0, out
-    out, _ = process.communicate(timeout=60)
+    # What `ray job stop` sends.
+    requests.post(f"{head.address}/api/jobs/stopped/stop", headers={"Authorization": f"Bearer {head.token}"}, timeout=30).raise_for_status()
+    ended(process, submit.STOPPED)
+    assert submit.STOPPED == cli.STOPPED
     before, found = parts(), status.read(str(tmp_path / "debug"), StorageConfig())
-    assert process.returncode == submit.STOPPED == cli.STOPPED, out
-    assert "goes on from" in out
-    assert found["state"] == "stopped"
     (score,) = [stage for stage in found["stages"] if stage["stage"] == "score"]
-    assert score["state"] == "stopped" and 128 <= score["done"] < score["total"] == 1797
+    assert found["state"] == score["state"] == "stopped"
+    assert 128 <= score["done"] < score["total"] == 520
 
-    code, out = head.submit(*mine)
-    assert code == 0, out
-    (begun,) = [int(count.replace(",", "")) for count in re.findall(r"score: ([\d,]+) of 1,797 images$", out, re.MULTILINE)][:1]
-    assert begun >= 64 * len(before) >= 128
+    ended(head.start(*mine), 0)
     assert {path: parts()[path] for path in before} == before, "finished rows are not made again"
     (record,) = (tmp_path / "debug").glob("scores-*/_SUCCESS.json")
-    assert json.loads(record.read_text())["rows_done"] == 1797
+    assert json.loads(record.read_text())["rows_done"] == 520
     assert status.read(str(tmp_path / "debug"), StorageConfig())["state"] == "done"
 
 
