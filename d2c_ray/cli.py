@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from d2c_ray.errors import UserError
+from d2c_ray.errors import Stopped, UserError
 
 COMMANDS = {
     "run": (
@@ -65,6 +65,14 @@ COMMANDS = {
         "Try budgets, selectors, strengths, whatever field: every point with several seeds, what they share made once.",
         "d2c sweep configs/sweep_digits.yaml sweep.seeds=[0,1,2,3,4]",
     ),
+    "submit": (
+        "Run the pipeline, one stage or a sweep as a job on a Ray cluster: upload this folder, follow the log, exit as the job did.",
+        "d2c submit configs/quickstart.yaml run.dir=/shared/runs",
+    ),
+    "status": (
+        "Say how far a run is, from its folder alone (local, or a copy on s3://): no cluster is asked.",
+        "d2c status configs/quickstart.yaml",
+    ),
     "import-model": (
         "Make a model folder of published DiT or SiT weights, which can be sampled, scored with and fine-tuned.",
         "d2c import-model DiT-XL-2-256x256.pt models/dit-xl --kind dit",
@@ -79,6 +87,8 @@ COMMANDS = {
     ),
     "config": ("Print the whole configuration as it would run, defaults included.", "d2c config configs/cifar10.yaml train.lr=2e-4"),
 }
+
+STOPPED = 143  # exit status as of a process that SIGTERM ended; of `d2c submit`, of a job that was stopped
 
 # Keys of the section evaluate that say how a run is measured and mean nothing to images from elsewhere, and what would do.
 NOT_OF_IMAGES = {
@@ -111,11 +121,17 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     summary, example = COMMANDS[name]
     needs = (
         ""
-        if name in ("run", "sweep", "config", "plan", "compare", "import-model", "export-model")
+        if name in ("run", "sweep", "submit", "status", "config", "plan", "compare", "import-model", "export-model")
         else "\n\nRuns what it needs first and is not there yet."
     )
     if name in ("verify", "export"):
         needs = "\n\nTakes a condensed-<hash> folder, or the configuration of a run, which makes the dataset first if it is not there yet."
+    if name == "submit":
+        needs = (
+            "\n\nThe configuration is checked here before anything is uploaded. run.dir must be an absolute path on storage that every node "
+            "sees: the job works in Ray's own copy of this folder. Exit status: 0 the job succeeded, its own where it failed, 143 it was stopped, "
+            "130 after Ctrl-C (the job goes on), 2 nothing was submitted, 1 the cluster or the job was lost. The same command again goes on where the run stopped."
+        )
     if name == "evaluate":
         needs += (
             " Given images instead of a configuration (a folder, an .npz with arr_0 as ADM's evaluator reads it, Parquet or a samples-* folder) "
@@ -140,6 +156,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     _run(config, overrides, "report")
 
 
+STAGE_COMMANDS = ["run", "evaluate", "sweep"]  # that take a configuration alone, and so can be jobs
 for _name in COMMANDS:
     if _name not in (
         "run",
@@ -154,8 +171,11 @@ for _name in COMMANDS:
         "evaluate",
         "compare",
         "sweep",
+        "submit",
+        "status",
     ):
         _command(_name)(_stage_command(_name))
+        STAGE_COMMANDS.append(_name)
 
 
 @_command("selectors")
@@ -395,6 +415,68 @@ def sweep(
     print("\n".join(report.lines(base, done.folder, outcomes.gather(done.folder, base))))
 
 
+@_command("submit")
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Annotated[
+        str,
+        typer.Option(
+            metavar="URL", help="The cluster: http://HEAD:8265, or HEAD:PORT of its GCS; else RAY_ADDRESS, else this machine's own."
+        ),
+    ] = "",
+    stage: Annotated[str, typer.Option(metavar="COMMAND", help="What of d2c the job runs: run, a stage, or sweep.")] = "run",
+    working_dir: Annotated[str, typer.Option(metavar="FOLDER", help="What is uploaded, and where the job runs.")] = ".",
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Files not to upload, as in a .gitignore, besides those of .gitignore and .rayignore."),
+    ] = None,
+    submission_id: Annotated[str, typer.Option(metavar="NAME", help="Of the job; Ray takes each once.")] = "",
+    metadata: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="More of it, kept with the job.")] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job.")] = False,
+) -> None:
+    if stage not in STAGE_COMMANDS:
+        from d2c_ray.errors import nearest
+
+        raise UserError(f"--stage {stage}: one of {', '.join(STAGE_COMMANDS)} would do{nearest(stage, STAGE_COMMANDS)}")
+    from d2c_ray.distributed import submit as jobs
+
+    job = jobs.prepare(config, overrides or [], stage, working_dir, exclude or [], metadata or [])
+    sys.exit(jobs.submit(job, address, submission_id, not no_wait, _say))
+
+
+@_command("status")
+def status(
+    run: Annotated[str, typer.Argument(metavar="RUN|CONFIG", help="A run folder or a sweep's, local or s3://; or the run's YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="As the run was given; of a folder storage.* alone (storage.endpoint)."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it, as JSON.")] = False,
+) -> None:
+    from d2c_ray.config import load
+    from d2c_ray.report import status
+    from d2c_ray.rundir import run_folder
+
+    if run.lower().endswith((".yaml", ".yml")):
+        given = load(run, overrides or [])
+        run = str(run_folder(given))
+    else:
+        wrong = next((override for override in overrides or [] if not override.startswith("storage.")), "")
+        if wrong:
+            raise UserError(
+                f"'{run}' is a folder, to which {wrong} means nothing; storage.* alone does, or changes with a configuration file."
+            )
+        given = load(None, overrides or [])
+    found = status.read(run, given.storage)
+    if as_json:
+        import json
+
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join(status.lines(found)))
+
+
 @_command("import-model")
 def import_model(
     file: Annotated[
@@ -524,11 +606,14 @@ def _say(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of `d2c`: exit status 0, or 2 for what the user can mend, 130 when interrupted."""
+    """Entry point of `d2c`: exit status 0, or 2 for what the user can mend, 130 when interrupted, 143 when stopped (SIGTERM)."""
     try:
         app(argv, standalone_mode=True)
     except UserError as error:
         _fail(error)
+    except Stopped:
+        print("d2c: stopped; the same command goes on from here.", file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
     except Exception as error:
         from d2c_ray.pipeline import unwrap
 

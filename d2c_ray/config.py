@@ -434,7 +434,7 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no configuration file at '{path}'. The presets are in configs/, for example configs/quickstart.yaml.")
-        layers += _with_bases(path)
+        layers += [layer for _, layer in _with_bases(path)]
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -472,12 +472,17 @@ def evaluate_options(overrides: list[str] | tuple[str, ...], values: dict[str, A
     return from_dict({**merged, "evaluate": {**merged["evaluate"], **values}}).evaluate
 
 
-def _with_bases(path: Path) -> list[Any]:
-    """What a file holds behind what its `base: other.yaml` (relative to the file) holds, and so on: the deepest base first."""
+def files(path: str | Path) -> list[Path]:
+    """The files that a configuration is read from: the deepest base first, the file itself last."""
+    return [file for file, _ in _with_bases(Path(path))]
+
+
+def _with_bases(path: Path) -> list[tuple[Path, Any]]:
+    """A file with what it holds, behind its `base: other.yaml` (relative to the file) with what that holds, and so on: the deepest base first."""
     from omegaconf import DictConfig, OmegaConf
     from yaml import YAMLError
 
-    layers: list[Any] = []
+    layers: list[tuple[Path, Any]] = []
     chain: list[Path] = []
     while True:
         chain.append(path.resolve())
@@ -486,7 +491,7 @@ def _with_bases(path: Path) -> list[Any]:
         except (YAMLError, OSError, UnicodeDecodeError) as error:
             raise UserError(f"'{path}' is not YAML: {error}") from error
         base = layer.pop("base", None) if isinstance(layer, DictConfig) else None
-        layers.insert(0, layer)
+        layers.insert(0, (path, layer))
         if base is None:
             return layers
         if not isinstance(base, str) or not base:

@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class Stopped(BaseException):
+    """The process was asked to end (SIGTERM, which `ray job stop`, Kubernetes and batch systems send). Nothing is wrong with the run."""
+
+
 def nearest(word: str, known: list[str]) -> str:
     """`; did you mean 'x'?` for the known word closest to `word`, or nothing where none is close."""
     import difflib

@@ -1,10 +1,15 @@
 """Running a plan: every stage in its folder, side by side where nothing stands between, never twice."""
 
+import json
+import os
+import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,13 +18,14 @@ from typing import Any
 from d2c_ray import plan as plans
 from d2c_ray import tracking
 from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, to_yaml
-from d2c_ray.errors import UserError, nearest
+from d2c_ray.errors import Stopped, UserError, nearest
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
-from d2c_ray.rundir import Lock, maker, versions, write_json, write_text
+from d2c_ray.rundir import PLAN, STATUS, Lock, maker, now, versions, write_json, write_text
 
 ON_RAY = {"teacher", "score", "embed", "attach", "train", "sample", "unguided", "reference", "evaluate"}
+HEARTBEAT_SEC = 10.0  # between two signs of life in status.json
 MOST_NAMED = 4  # arms whose names are said; of more their number
 WORKERS_OF = {"train": "train_workers", "teacher": "teacher_workers"}
 Say = Callable[[str], None]
@@ -80,9 +86,14 @@ def compare_selectors(config: Config, names: list[str], say: Say = print) -> tup
 
 
 def _run(plan: Plan, upto: str, say: Say, record: bool) -> Plan:
+    status = Status(plan, record)
+    with stoppable(), status.kept(upto):
+        return _run_with(plan, upto, say, record, status)
+
+
+def _run_with(plan: Plan, upto: str, say: Say, record: bool, status: "Status") -> Plan:
     config = plan.config
     tracking.check(config.tracking)
-    status = Status(plan, record)
     if record:
         write_text(plan.folder / "config.yaml", to_yaml(config))
     (manifest,) = plan.of("manifest")
@@ -106,7 +117,6 @@ def _run(plan: Plan, upto: str, say: Say, record: bool) -> Plan:
         from d2c_ray.stages import report
 
         report.run(plan)
-    status.write()
     return plan
 
 
@@ -129,8 +139,10 @@ def run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
     free = slots
     try:
         _schedule(waiting, running, free, status, say)
-    except BaseException:
-        _abandon(list(running))
+    except BaseException as error:
+        failed = isinstance(error, Exception)
+        status.stop(all_of_it=not failed)
+        _abandon(list(running), 20.0 if failed else 1.0)
         raise
 
 
@@ -156,11 +168,11 @@ def _schedule(waiting: list[Node], running: dict["Future[float]", tuple[Node, in
         time.sleep(0.05)
 
 
-def _abandon(running: list["Future[float]"]) -> None:
+def _abandon(running: list["Future[float]"], seconds: float) -> None:
     """Takes Ray away from stages that still run beside one that failed, and waits until they have noticed."""
     if running:
         disconnect()
-        wait(running, timeout=20)
+        wait(running, timeout=seconds)
 
 
 def workers(node: Node) -> int:
@@ -258,6 +270,7 @@ def connect(config: Config, attaching: list[Config], dashboard: bool = False) ->
     from d2c_ray.distributed import attach, cluster
 
     cluster.connect(config.resources, dashboard)
+    _listen()  # Ray has taken the signal
     cluster.preflight(config.resources, max((attach.pools(own) for own in attaching), default=1))
     return cluster.places(config.resources)
 
@@ -301,23 +314,96 @@ def _in_thread(work: Callable[[], float]) -> "Future[float]":
     return future
 
 
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """While the block runs, SIGTERM raises `Stopped` in the main thread, so that locks are let go of and status.json says what happened."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    _listen()
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _listen() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut off the cleaning up after the first
+    raise Stopped
+
+
 class Status:
-    """status.json: the state of every stage's folder, readable while the run goes on."""
+    """status.json: how the run goes and the state of every stage's folder, readable while it goes on."""
 
     def __init__(self, plan: Plan, record: bool = True):
         self._plan, self._record = plan, record
         self.num_arms = len(plan.arms)
-        self._path = plan.folder / "status.json"
+        self._path = plan.folder / STATUS
         self._states: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
+        self._stopped = False
+        self._run: dict[str, Any] = {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "started": now(), **_ray_job()}
         if record:
-            write_json(plan.folder / "plan.json", plan.to_json())
+            write_json(plan.folder / PLAN, plan.to_json())
         self.write()
+
+    @contextmanager
+    def kept(self, upto: str, **about: str) -> Iterator[None]:
+        """While the block runs, a sign of life every HEARTBEAT_SEC; then how it ended.
+
+        Args:
+            upto: the last stage that is wanted.
+            about: what else to say of the run.
+        """
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(HEARTBEAT_SEC):
+                with suppress(OSError):  # the next one may come through
+                    self.write()
+
+        self._run |= {"upto": upto, **about}
+        self.write()
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        end = {"state": "done"}
+        try:
+            yield
+        except BaseException as error:
+            failed = isinstance(error, Exception)
+            end = {"state": "failed", "error": str(unwrap(error) or f"{type(error).__name__}: {error}")} if failed else {"state": "stopped"}
+            raise
+        finally:
+            over.set()
+            thread.join()
+            self._run |= end
+            with nullcontext() if end["state"] == "done" else suppress(OSError):  # a full disk's, which would hide what was wrong
+                self.write()
 
     def set(self, node: Node, state: str, error: str = "") -> None:
         with self._lock:
-            self._states[node.name] = {"state": state, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **({"error": error} if error else {})}
+            if self._stopped and state == "failed":
+                return  # as all do from which Ray is taken
+            self._states[node.name] = {"state": state, "at": now(), **({"error": error} if error else {})}
         self.write()
+
+    def stop(self, all_of_it: bool = False) -> None:
+        """Says that the stages which run are cut off, through no fault of their own.
+
+        Args:
+            all_of_it: the run is, which it says at once: who asks a process to end kills it soon after (`ray job stop` in 3 s).
+        """
+        with self._lock:
+            self._stopped = True
+            self._run |= {"state": "stopped"} if all_of_it else {}
+            self._states |= {name: {"state": "stopped", "at": now()} for name, said in self._states.items() if said["state"] == "running"}
+        with suppress(OSError):  # which would hide what was wrong
+            self.write()
 
     def write(self) -> None:
         if not self._record:
@@ -326,7 +412,15 @@ class Status:
             stages = {
                 node.name: self._states.get(node.name, {"state": "done" if node.dir.done else "waiting"}) for node in self._plan.nodes
             }
-            write_json(self._path, {"stages": stages})
+            write_json(self._path, {**self._run, "updated": now(), "every_sec": HEARTBEAT_SEC, "stages": stages})
+
+
+def _ray_job() -> dict[str, str]:
+    """The Ray job that this process is the driver of, by the name under which it was submitted."""
+    with suppress(json.JSONDecodeError, AttributeError):
+        name = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}).get("job_submission_id", "")
+        return {"job": name} if name else {}
+    return {}
 
 
 def unwrap(error: BaseException) -> UserError | None:

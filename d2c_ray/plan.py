@@ -18,7 +18,7 @@ from d2c_ray.config import FEATURE_SELECTORS, Config, ModelConfig, TrainConfig, 
 from d2c_ray.data import manifest, reference_stats
 from d2c_ray.errors import UserError
 from d2c_ray.models import frozen, latents, networks, offline, teachers, text, vision
-from d2c_ray.rundir import StageDir
+from d2c_ray.rundir import StageDir, run_folder
 from d2c_ray.selection import rank
 from d2c_ray.training import online
 from d2c_ray.training.batches import BLOCK
@@ -445,8 +445,3 @@ def _check_batch(key: str, batch: int, workers: int) -> None:
         raise UserError(
             f"{key}={batch} is {blocks} blocks of {BLOCK} images, too few for {workers} workers, which take whole ones; {BLOCK * workers} would do."
         )
-
-
-def run_folder(config: Config) -> Path:
-    """Where a configuration's run lies."""
-    return Path(config.run.dir).expanduser().absolute() / config.run.name

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from d2c_ray.rundir import PROGRESS, write_json
+from d2c_ray.rundir import PROGRESS, now, write_json
 
 _bars: Any = None  # one live display for all bars of the process; rich allows no two
 _bars_users = 0
@@ -94,10 +94,13 @@ class Progress:
         """Seconds spent, earlier attempts included."""
         return self._before + time.monotonic() - self._start
 
+    def _rate(self, elapsed: float) -> float:
+        """Units a second since the count began, 0 where that is too short a time to say."""
+        return (self.done - self._first) / elapsed if elapsed > 0.5 else 0.0
+
     def _line(self) -> None:
         self._last_line = time.monotonic()
-        elapsed = self._last_line - self._start
-        rate = (self.done - self._first) / elapsed if elapsed > 0.5 else 0.0
+        rate = self._rate(self._last_line - self._start)
         left = f", {clock((self.total - self.done) / rate)} left" if rate > 0 and self.done < self.total else ""
         speed = f" ({rate:,.1f} {self.unit}/s{left})" if rate else ""
         print(
@@ -119,6 +122,8 @@ class Progress:
                         "unit": self.unit,
                         "seconds": self.seconds(),
                         "note": self._note,
+                        "rate": self._rate(self._last_file - self._start),
+                        "at": now(),
                     },
                 )
 

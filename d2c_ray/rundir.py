@@ -16,13 +16,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2c_ray.config import Config
 from d2c_ray.errors import UserError
 
 SUCCESS = "_SUCCESS.json"
 PROGRESS = "_progress.json"
+STATUS = "status.json"
+PLAN = "plan.json"
 LOCKS = ".locks"  # of stages, in a run folder
 UMASK = os.umask(0)  # can only be read by setting it, which threads must not do
 os.umask(UMASK)
+
+
+def run_folder(config: Config) -> Path:
+    """Where a configuration's run lies."""
+    return Path(config.run.dir).expanduser().absolute() / config.run.name
+
+
+def now() -> str:
+    """The time as files of a run folder say it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -166,16 +179,16 @@ def versions() -> dict[str, str]:
     ):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
-    commit = _commit()
+    commit = commit_of(Path(__file__).resolve().parents[1])
     if commit:
         found["commit"] = commit
     return found
 
 
-def _commit() -> str:
+def commit_of(root: Path) -> str:
+    """The commit that a checkout is at, with '-dirty' where it was changed; empty where there is none."""
     import subprocess
 
-    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return ""
     try:

@@ -140,12 +140,16 @@ def run(config: Config, say: Say = print) -> Sweep:
 
 
 def _run(sweep: Sweep, say: Say) -> None:
-    config = sweep.config
     status = pipeline.Status(sweep.plan)
+    with pipeline.stoppable(), status.kept("sweep", sweep=sweep.folder.name):
+        _run_with(sweep, status, say)
+
+
+def _run_with(sweep: Sweep, status: pipeline.Status, say: Say) -> None:
+    config = sweep.config
     _list(sweep, status, say)
     if sweep.trials and all(_finished(sweep, trial) for trial in sweep.trials):
         say(f"all {len(sweep.trials)} trials are finished")
-        status.write()
         return
     say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
     try:
@@ -154,7 +158,6 @@ def _run(sweep: Sweep, say: Say) -> None:
         _try(sweep, slots, say)
     finally:
         pipeline.disconnect()
-    status.write()
 
 
 def _list(sweep: Sweep, status: pipeline.Status, say: Say) -> None:

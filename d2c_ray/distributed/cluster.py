@@ -51,7 +51,7 @@ def connect(resources: ResourcesConfig, dashboard: bool = False) -> None:
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     # Says at every start that authentication, which is on, is on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    _answers(resources.address)
+    _check_answers(resources.address)
     try:
         if resources.address:
             ray.init(address=resources.address, log_to_driver=False, logging_level=logging.WARNING)
@@ -74,15 +74,23 @@ def connect(resources: ResourcesConfig, dashboard: bool = False) -> None:
         ) from error
 
 
-def _answers(address: str) -> None:
+def _check_answers(address: str) -> None:
     """Refuses a host:port that nothing listens at; Ray itself would try for minutes."""
     host, colon, port = address.rpartition(":")
     if not colon or "/" in address or not port.isdigit():
         return
+    reason = answers(host, int(port))
+    if reason:
+        raise UserError(f"resources.address={address}: no Ray cluster answers there ({reason}). Leave it empty for a local one.")
+
+
+def answers(host: str, port: int) -> str:
+    """Empty where something listens at host:port, else the reason in words."""
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
+        socket.create_connection((host, port), timeout=10).close()
     except OSError as error:
-        raise UserError(f"resources.address={address}: no Ray cluster answers there ({error}). Leave it empty for a local one.") from error
+        return str(error)
+    return ""
 
 
 def disconnect() -> None:

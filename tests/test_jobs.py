@@ -1,0 +1,234 @@
+"""Jobs on a real Ray head of these tests' own, which asks for a token: submitted, followed, refused, failed, stopped and gone on with."""
+
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import requests
+from conftest import DEBUG, ROOT
+from test_refusals import model_folder
+
+from d2c_ray import cli
+from d2c_ray.config import StorageConfig, load
+from d2c_ray.distributed import submit
+from d2c_ray.errors import UserError
+from d2c_ray.report import status
+from d2c_ray.rundir import run_folder
+
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+
+CONFIG = "configs/debug.yaml"
+
+
+@dataclass
+class Head:
+    """A head node. `environment` is that of its clients: the token's, and nothing that leads to another Ray."""
+
+    address: str
+    token: str
+    environment: dict[str, str]
+
+    def start(self, *args: str, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, *args],
+            cwd=ROOT,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def ended(process: subprocess.Popen, code: int) -> str:
+    """The output of a process, which ends with that exit status."""
+    out, _ = process.communicate(timeout=240)
+    print(out)
+    assert process.returncode == code
+    return out
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.write_text(secrets.token_hex(32))
+    ray.shutdown()  # of the tests before
+    folder = Path(os.environ["D2C_RAY_TMPDIR"])
+    ours = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "PYTHONPATH")}
+    ours |= {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # of the `python` that a job calls
+    }  # fmt: skip
+    dashboard = free_port()
+    options = {
+        "port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port(), "dashboard-agent-grpc-port": free_port(),
+        "metrics-export-port": free_port(), "ray-client-server-port": free_port(), "runtime-env-agent-port": free_port(), "node-ip-address": "127.0.0.1",
+        "dashboard-host": "127.0.0.1", "num-cpus": 4, "object-store-memory": 150_000_000, "temp-dir": folder / "head",
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        *(f"--{key}={value}" for key, value in options.items()),
+    ]
+    with (tmp_path_factory.mktemp("log") / "head").open("w+") as log:
+        process = subprocess.Popen(command, env=ours, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        try:
+            until = time.monotonic() + 90
+            while submit.answers("127.0.0.1", dashboard):
+                assert process.poll() is None and time.monotonic() < until, Path(log.name).read_text()
+                time.sleep(0.2)
+            yield Head(f"http://127.0.0.1:{dashboard}", token.read_text(), {**ours, "PYTHONPATH": str(ROOT)})
+        finally:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+            for one in family:
+                if one.is_running():
+                    one.kill()
+            psutil.wait_procs(family, timeout=30)
+            process.wait()
+            for note in folder.rglob("ray_current_cluster"):
+                note.unlink()
+
+
+def test_each_end_of_a_job_has_its_exit_status(head: Head, tmp_path: Path) -> None:
+    """Three at once: one that succeeds; one that only the data shows to be wrong; and Ray's own command with the script of jobs/."""
+    mine = ("-m", "d2c_ray.cli", "submit", CONFIG, "--address", head.address, f"run.dir={tmp_path}")
+    done = head.start(*mine, "--stage", "manifest", "--submission-id", "first", "--metadata", "who=tests")
+    failed = head.start(*mine, "run.name=failed", "select.budget=121")
+    script = ("python", "jobs/pipeline.py", CONFIG, f"run.dir={tmp_path}", "train.lrr=3")
+    wrong = head.start("-m", "ray.scripts.scripts", "job", "submit", "--address", head.address, "--working-dir", str(ROOT), "--", *script)
+
+    out = ended(done, 0)
+    assert re.search(r"manifest \(student\): .*120 rows", out), "its log"
+    found = status.read(str(tmp_path / "debug"), StorageConfig())
+    assert (found["state"], found["upto"], found["job"]) == ("done", "manifest", "first")
+
+    out = ended(failed, 2)
+    assert "select.budget asks for 121 images; there are 120" in out and "failed with exit status 2" in out
+    found = status.read(str(tmp_path / "failed"), StorageConfig())
+    assert found["state"] == "failed" and "there are 120" in found["error"]
+
+    out, _ = wrong.communicate(timeout=120)
+    assert wrong.returncode != 0 and "unknown configuration key 'train.lrr'" in out
+
+    assert "there is a job of that name (SUCCEEDED)" in ended(head.start(*mine, "--submission-id", "first"), 2)
+
+
+def test_a_wrong_token_and_none(head: Head, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text(secrets.token_hex(32))
+    mine = ("-m", "d2c_ray.cli", "submit", CONFIG, "--address", head.address, "--stage", "manifest", f"run.dir={tmp_path}")
+    for process in [head.start(*mine, RAY_AUTH_TOKEN_PATH=str(path)) for path in (wrong, tmp_path / "none")]:
+        out = ended(process, 2)
+        assert "refuses the token" in out and "RAY_AUTH_TOKEN_PATH" in out and "Traceback" not in out, out
+    assert not (tmp_path / "debug").exists()
+
+
+def test_a_stopped_job_goes_on_where_it_stopped(head: Head, tmp_path: Path) -> None:
+    slow = (
+        "data.limit_per_class=52",
+        "data.rows_per_shard=64",
+        "score.num_timesteps=64",
+        "score.device_batch=8",
+        "resources.rows_per_task=16",
+    )
+    mine = (
+        "-m", "d2c_ray.cli", "submit", CONFIG, "--address", head.address, "--stage", "score", f"run.dir={tmp_path}", "resources.actors=1",
+        f"teacher.checkpoint={model_folder(tmp_path / 'teacher')}", *slow,
+    )  # fmt: skip
+    process = head.start(*mine, "--submission-id", "stopped")
+
+    def parts() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "debug").glob("scores-*/part-*.parquet")}
+
+    until = time.monotonic() + 120
+    while len(parts()) < 2:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < until, "no shard came"
+        time.sleep(0.05)
+    assert status.read(str(tmp_path / "debug"), StorageConfig())["state"] == "running"
+    # What `ray job stop` sends.
+    requests.post(f"{head.address}/api/jobs/stopped/stop", headers={"Authorization": f"Bearer {head.token}"}, timeout=30).raise_for_status()
+    ended(process, submit.STOPPED)
+    assert submit.STOPPED == cli.STOPPED
+    before, found = parts(), status.read(str(tmp_path / "debug"), StorageConfig())
+    (score,) = [stage for stage in found["stages"] if stage["stage"] == "score"]
+    assert found["state"] == score["state"] == "stopped"
+    assert 128 <= score["done"] < score["total"] == 520
+
+    ended(head.start(*mine), 0)
+    assert {path: parts()[path] for path in before} == before, "finished rows are not made again"
+    (record,) = (tmp_path / "debug").glob("scores-*/_SUCCESS.json")
+    assert json.loads(record.read_text())["rows_done"] == 520
+    assert status.read(str(tmp_path / "debug"), StorageConfig())["state"] == "done"
+
+
+# Without a cluster
+
+
+def refused(
+    words: str, *overrides: str, command: str = "run", folder: str = str(ROOT), exclude: tuple[str, ...] = (), config: str | Path = DEBUG
+) -> None:
+    with pytest.raises(UserError, match=words):
+        submit.prepare(str(config), list(overrides), command, folder, list(exclude), [])
+
+
+def test_what_a_job_could_not_use_is_refused_before_anything_is_uploaded(tmp_path: Path) -> None:
+    there = f"run.dir={tmp_path}"
+    refused("unknown configuration key 'train.lrr'", there, "train.lrr=3")
+    refused("run.dir=runs is relative.*run.dir=/shared/runs")
+    refused("sweep", there, command="sweep")  # of no axes
+    refused("'.*debug.yaml' is not uploaded", there, exclude=("debug.yaml",))
+    refused("data.classes=.* is not uploaded", there, f"data.classes={os.path.relpath(ROOT.parent)}")
+    refused("there is no such folder", there, folder=str(tmp_path / "none"))
+    outside = tmp_path / "mine.yaml"
+    outside.write_text(f"base: {DEBUG}\n")
+    refused("mine.yaml' lies outside", there, config=outside)
+    refused("debug.yaml' lies outside", there, config=outside, folder=str(tmp_path))  # its base
+    with pytest.raises(UserError, match=r"no Ray cluster answers there \(.*refused"):
+        submit.submit(submit.prepare(str(DEBUG), [there], "run", str(ROOT), [], []), f"http://127.0.0.1:{free_port()}", "", False, print)
+
+
+def test_what_is_uploaded_and_how_much(tmp_path: Path) -> None:
+    root = tmp_path / "work"
+    for name in (".git/objects/x", "runs/a/part.parquet", ".venv/lib/y", "d2c_ray/__pycache__/z.pyc", ".pytest_cache/v", "build/lib/w", "ignored.txt", "sub/skipped.bin",
+                 "outputs/old/b", "my.yaml", "d2c_ray/x.py", "data/images.tar", "src/runs/kept.py"):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("12345")
+    (root / "my.yaml").write_text("data: {source: digits, image_size: 8, channels: 1}\n")
+    (root / ".gitignore").write_text("ignored.txt\n")
+    (root / "sub" / ".rayignore").write_text("*.bin\n")
+    given = [f"run.dir={root}/outputs"]
+    job = submit.prepare(str(root / "my.yaml"), given, "run", str(root), ["data/*.tar"], ["team=a"])
+    assert set(job.files) == {".gitignore", "sub/.rayignore", "my.yaml", "d2c_ray/x.py", "src/runs/kept.py"}
+    assert job.entrypoint == f"python -m d2c_ray.cli run my.yaml resources.address=auto run.dir={root}/outputs"
+    assert (job.metadata["run"], job.metadata["config"], job.metadata["team"]) == (
+        str(run_folder(load(root / "my.yaml", given))),
+        "my.yaml",
+        "a",
+    )
+    with (root / "data" / "images.tar").open("wb") as file:
+        file.truncate(submit.LIMIT_BYTES)  # sparse
+    with pytest.raises(
+        UserError, match=r"less than 512.0 MiB. Most is in data/ \(512.0 MiB\).*largest files are data/images.tar \(512.0 MiB\).*--exclude"
+    ):
+        submit.prepare(str(root / "my.yaml"), given, "run", str(root), [], [])
