@@ -34,9 +34,10 @@ OVERLAYS = ("pipeline", "train", "sweep", "dev")
 JOBS = ("pipeline", "train", "sweep")
 SCHEMAS = ROOT.parent / "shared" / "kuberay"
 DOCKERFILE = (CLUSTER / "Dockerfile").read_text()
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ARGS = dict(re.findall(r"^ARG (\w+)=(\S+)$", DOCKERFILE, re.MULTILINE))
-RAY_VERSION = ARGS["RAY_VERSION"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, TOOLS = PYPROJECT["project"], PYPROJECT["tool"]
+CODE = {"pyproject.toml", "README.md", "d2c_ray", "jobs", "configs"}  # what the image is made of
+RAY_VERSION = re.findall(r"^ARG RAY_VERSION=(\S+)$", DOCKERFILE, re.MULTILINE)[0]
 WORKDIR = "/home/ray/d2c_ray"
 Manifest = dict[str, Any]
 
@@ -119,17 +120,46 @@ def test_the_renderer_refuses_what_it_does_not_do(old: str, new: str, tmp_path: 
     ],
 )
 def test_a_setting_is_changed_in_one_place(old: str, new: str, where: tuple[str, ...], tmp_path: Path) -> None:
+    check_one_place(queued(tmp_path / "cluster"), old, new, where)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "file", "hard", "soft"),
+    [
+        ("bucket=my-bucket", "bucket=their-bucket", "sweep/kustomization.yaml", "my-bucket", "$D2C_BUCKET"),
+        ("my-registry/d2c-ray", "else.where/its-image", "pipeline/rayjob.yaml", "my-registry/d2c-ray:0.1.0", "d2c-ray\n"),
+        ("gpu=NVIDIA-H100-80GB-HBM3", "gpu=NVIDIA-H200", "settings/kustomization.yaml", "gpu-on-demand-too", "gpu-on-demand"),
+        (
+            "queue=d2c",
+            "queue=their-queue",
+            "settings/kustomization.yaml",
+            "labelSelector: nobody",
+            "labelSelector: kueue.x-k8s.io/queue-name",
+        ),
+    ],
+)
+def test_a_second_place_is_found(old: str, new: str, file: str, hard: str, soft: str, tmp_path: Path) -> None:
     folder = queued(tmp_path / "cluster")
+    text = (folder / file).read_text()
+    assert soft in text
+    (folder / file).write_text(text.replace(soft, hard + ("\n" if soft.endswith("\n") else "")))
+    with pytest.raises((AssertionError, kustomize.Unknown)):
+        check_one_place(folder, old, new, JOBS)
+
+
+def check_one_place(folder: Path, old: str, new: str, where: tuple[str, ...]) -> None:
+    """Changing the settings' text changes just what the setting is about, in every manifest, and the old value is nowhere else."""
     before = {name: kustomize.render(folder / name) for name in where}
     text = (folder / SETTINGS).read_text()
     assert len(re.findall(rf"(?<![\w/]){re.escape(old)}(?![\w-])", text)) == 1
     (folder / SETTINGS).write_text(text.replace(old, new))
-    was, now = (each.split("=")[-1].removeprefix("namespace: ") for each in (old, new))
+    key = re.split("[=:]", old)[0] if "=" in old or ": " in old else "image"
+    was, now = (re.split("=|: ", each)[-1] for each in (old, new))
     for name in where:
-        changed = kustomize.render(folder / name)
-        assert changed != before[name]
-        for one, other in zip(before[name], changed, strict=True):
-            assert swapped(one, was, now, key=old.split(":")[0] if ": " in old else old.split("=")[0]) == other
+        after = kustomize.render(folder / name)
+        assert after != before[name]
+        assert was in ("d2c", "spot") or was not in json.dumps(after)  # the two are words of other names
+        assert [swapped(each, was, now, key) for each in before[name]] == after
 
 
 def swapped(node: Any, was: str, now: str, key: str, parent: str = "") -> Any:
@@ -141,11 +171,11 @@ def swapped(node: Any, was: str, now: str, key: str, parent: str = "") -> Any:
     if isinstance(node, list):
         return [swapped(each, was, now, key, parent) for each in node]
     places = {
-        "bucket": (), "gpu": ("values",), "spot": ("values",), "gpu_label": ("key",), "spot_label": ("key",), "namespace": ("namespace",), "queue": (QUEUE,),
-    }.get(key, ("image",))  # fmt: skip
-    if parent not in places or not isinstance(node, str):
+        "bucket": "", "gpu": "values", "spot": "values", "gpu_label": "key", "spot_label": "key", "namespace": "namespace", "queue": QUEUE, "image": "image",
+    }  # fmt: skip
+    if parent != places[key] or not isinstance(node, str):
         return node
-    return node.replace(was, now) if places == ("image",) else now if node == was else node
+    return node.replace(was, now) if key == "image" else now if node == was else node
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -432,33 +462,66 @@ def test_a_command_that_is_wrong_is_found(wrong: str, said: str, rendered: dict[
 
 
 def test_commands_resume_from_what_outlives_a_cluster(job: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_storage(job, parsed(command(job), monkeypatch)[1])
+
+
+def check_storage(job: Manifest, loaded: Config) -> None:
     """Run folders on the volume that every pod mounts, images and checkpoints in the bucket, weights on the volume."""
-    _, loaded, _ = parsed(command(job), monkeypatch)
-    assert "://" not in loaded.run.dir and loaded.run.dir.startswith("/shared/")
+    assert loaded.run.dir.startswith("/shared/")
     assert loaded.data.path.startswith("s3://my-bucket/")
     assert loaded.resources.checkpoint_storage.startswith("s3://my-bucket/")
     assert loaded.evaluate.inception.startswith("/shared/")
     for pod in templates(job)[1:]:
         container = pod["spec"]["containers"][0]
-        assert any(mount["mountPath"] == "/shared" for mount in container["volumeMounts"])
+        mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert "/shared" in mounted
+        assert "nvidia.com/gpu" not in container["resources"]["limits"] or loaded.resources.cache_dir in mounted
         environment = {each["name"]: each.get("value") for each in container["env"]}
         assert environment["HF_HOME"].startswith("/shared/")
         assert {"secretRef": {"name": "d2c-s3", "optional": True}} in container["envFrom"]
-        if "nvidia.com/gpu" in container["resources"]["limits"]:
-            assert any(mount["mountPath"] == loaded.resources.cache_dir for mount in container["volumeMounts"])
 
 
 def test_commands_ask_for_what_the_groups_hold(job: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    resources = parsed(command(job), monkeypatch)[1].resources
-    spec = cluster_of(job)
+    check_capacity(job, parsed(command(job), monkeypatch)[1])
+
+
+def check_capacity(job: Manifest, loaded: Config) -> None:
+    """An actor or training worker a GPU: as many as one group of GPUs holds, and a cluster that waits for them."""
+    spec, resources = cluster_of(job), loaded.resources
     grows = spec["enableInTreeAutoscaling"]
-    most = {group["groupName"]: group["maxReplicas"] if grows else group["replicas"] for group in spec["workerGroupSpecs"]}
-    gpus = most["gpu-spot"] if not grows else max(most["gpu-spot"], most["gpu-on-demand"])
+    gpus = next(
+        group["maxReplicas"] if grows else group["replicas"] for group in spec["workerGroupSpecs"] if group["groupName"] == "gpu-spot"
+    )
     assert resources.address == "auto" and resources.autoscaling
     assert resources.actors * resources.gpus_per_actor == gpus
-    assert resources.train_workers in (1, gpus)
-    if resources.train_workers == 1:
-        assert parsed(command(job), monkeypatch)[1].sweep.concurrent == gpus
+    assert resources.train_workers * (loaded.sweep.concurrent or 1) == gpus
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "run.dir=/tmp/runs",
+        "run.dir=s3://my-bucket/runs",
+        "data.path=/data/imagenet",
+        "resources.checkpoint_storage=/tmp/checkpoints",
+        "resources.cache_dir=/tmp",
+        "evaluate.inception=inception.pt",
+        "resources.address=",
+        "resources.autoscaling=false",
+        "resources.actors=16",
+        "resources.gpus_per_actor=2",
+        "resources.train_workers=4",
+        "sweep.concurrent=8",
+    ],
+)
+def test_a_command_that_does_not_fit_its_cluster_is_found(
+    change: str, rendered: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = rendered["pipeline"]
+    with pytest.raises((AssertionError, config.UserError)):  # noqa: PT012
+        loaded = parsed([*command(job), change], monkeypatch)[1]
+        check_storage(job, loaded)
+        check_capacity(job, loaded)
 
 
 def test_training_goes_on_with_the_pipelines_run(rendered: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,49 +533,77 @@ def test_training_goes_on_with_the_pipelines_run(rendered: dict[str, Manifest], 
 
 # --- the image
 
+READS = re.compile(r'\$\(python -c "(.*?)"\)', re.DOTALL)
 
-def test_the_image_is_of_the_pinned_ray_and_python() -> None:
+
+def image_faults(dockerfile: str) -> list[str]:
+    """Where the image leaves pyproject.toml, holds more than code, or runs as root."""
+    args = dict(re.findall(r"^ARG (\w+)=(\S+)$", dockerfile, re.MULTILINE))
+    lines = re.sub(r"\\\n\s*", "", dockerfile).splitlines()
+    found = []
+    if [line for line in lines if line.startswith("FROM ")] != ["FROM rayproject/ray:${RAY_VERSION}-${PYTHON}-gpu"]:
+        found.append("base: not Ray's image alone")
     ray = next(each for each in map(Requirement, PROJECT["dependencies"]) if each.name == "ray")
-    assert RAY_VERSION in ray.specifier
-    assert re.search(r"^FROM rayproject/ray:\$\{RAY_VERSION\}-\$\{PYTHON\}-gpu$", DOCKERFILE, re.MULTILINE)
-    assert len(re.findall("^FROM ", DOCKERFILE, re.MULTILINE)) == 1
-    python = re.sub(r"^py(\d)(\d+)$", r"\1.\2", ARGS["PYTHON"])
-    assert python in SpecifierSet(PROJECT["requires-python"])
-    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
-    assert tools["mypy"]["python_version"] == python
-    assert tools["ruff"]["target-version"] == ARGS["PYTHON"]
+    if args["RAY_VERSION"] not in ray.specifier:
+        found.append(f"ray: {args['RAY_VERSION']} is not {ray.specifier}")
+    python = re.sub(r"^py(\d)(\d+)$", r"\1.\2", args["PYTHON"])
+    if python not in SpecifierSet(PROJECT["requires-python"]) or (TOOLS["mypy"]["python_version"], TOOLS["ruff"]["target-version"]) != (
+        python,
+        args["PYTHON"],
+    ):
+        found.append(f"python: {python} is not what pyproject.toml says")
+    for line in re.findall(r"pip install ((?:\$\(.*?\)|[^&\n])*)", "\n".join(lines)):
+        named = {word for word in shlex.split(READS.sub("READ", line)) if not word.startswith("-")}
+        if not named <= {"ray==${RAY_VERSION}", ".[${EXTRAS}]", "READ", "."}:
+            found.append(f"packages: {line} has a pin of its own")
+    if set(args["EXTRAS"].split(",")) & {"dev", "quickstart"} or not set(args["EXTRAS"].split(",")) <= set(
+        PROJECT["optional-dependencies"]
+    ):
+        found.append(f"extras: {args['EXTRAS']}: unknown ones, tests, or packages that are weights")
+    copied = [word for line in lines if re.match("COPY|ADD", line) for word in line.split()[1:-1] if not word.startswith("--")]
+    if set(copied) != CODE:
+        found.append(f"files: {copied}")
+    if [line for line in lines if line.startswith("USER ")][-1] != "USER 1000:100":
+        found.append("user: root, or one without a number")
+    if f"WORKDIR {WORKDIR}" not in lines:
+        found.append(f"folder: the commands look in {WORKDIR}")
+    return found
 
 
-def pip_lines() -> list[str]:
-    joined = re.sub(r"\\\n\s*", "", DOCKERFILE)
-    return re.findall(r"pip install ((?:\$\(.*\)|[^&\n])*)", joined)
+def test_the_image_is_what_pyproject_says_and_code_alone() -> None:
+    assert image_faults(DOCKERFILE) == []
+    (code,) = READS.findall(DOCKERFILE)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == PROJECT["optional-dependencies"]["fid"]
 
 
-def test_packages_of_the_image_come_from_pyproject() -> None:
-    """No second pin of anything: pip is given the project itself, what Python reads out of pyproject.toml, and the image's own Ray."""
-    lines = pip_lines()
-    assert len(lines) == 3
-    for line in lines:
-        words = shlex.split(re.sub(r"\$\(.*\)", "FROM_PYPROJECT", line))
-        named = [word for word in words if not word.startswith("-")]
-        assert set(named) <= {"ray==${RAY_VERSION}", ".[${EXTRAS}]", "FROM_PYPROJECT", "."}, line
-        assert "FROM_PYPROJECT" not in named or "pyproject.toml" in line
-    extras = PROJECT["optional-dependencies"]
-    assert set(ARGS["EXTRAS"].split(",")) <= set(extras) - {"dev", "quickstart"}, "packages of weights belong in no image"
-    read = re.search(r'\$\(python -c "(.*?)"\)', DOCKERFILE, re.DOTALL)
-    assert read
-    done = subprocess.run([sys.executable, "-c", read[1]], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.split() == extras["fid"]
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("FROM rayproject/ray:${RAY_VERSION}", "FROM rayproject/ray:2.60.0", "base:"),
+        ("USER root", "FROM ubuntu\nUSER root", "base:"),
+        ("RAY_VERSION=2.60.0", "RAY_VERSION=2.59.0", "ray:"),
+        ("RAY_VERSION=2.60.0", "RAY_VERSION=2.61.0", "ray:"),
+        ("PYTHON=py311", "PYTHON=py312", "python:"),
+        ("PYTHON=py311", "PYTHON=py310", "python:"),
+        ('".[${EXTRAS}]"', '".[${EXTRAS}]" numpy==2.1', "packages:"),
+        ("--no-deps -e .", "--no-deps -e . torch", "packages:"),
+        ("EXTRAS=optuna,tensorboard", "EXTRAS=optuna,quickstart", "extras:"),
+        ("EXTRAS=optuna,tensorboard", "EXTRAS=optima", "extras:"),
+        ("configs configs", "configs configs\nCOPY weights weights", "files:"),
+        ("USER 1000:100", "USER root", "user:"),
+        ("WORKDIR /home/ray/d2c_ray", "WORKDIR /app", "folder:"),
+    ],
+)
+def test_an_image_that_leaves_pyproject_is_found(old: str, new: str, fault: str) -> None:
+    assert old in DOCKERFILE
+    assert [each.split(" ")[0] for each in image_faults(DOCKERFILE.replace(old, new))] == [fault]
 
 
-def test_the_image_holds_code_alone_and_does_not_run_as_root() -> None:
-    copied = [word for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE) for word in line.split()[1:-1]]
-    assert set(copied) == {"pyproject.toml", "README.md", "d2c_ray", "jobs", "configs"}
-    assert re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE)[-1] == "1000:100"
-    assert f"WORKDIR {WORKDIR}" in DOCKERFILE
+def test_only_code_is_sent_to_the_builder() -> None:
     ignore = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert ignore[0] == "*", "everything stays out but what is named"
-    assert {line[1:] for line in ignore if line.startswith("!")} == set(copied)
+    assert {line[1:] for line in ignore if line.startswith("!")} == CODE
     assert any(fnmatch("d2c_ray/data/__pycache__", line) for line in ignore[1:] if not line.startswith("!"))
 
 
@@ -562,3 +653,20 @@ def test_no_secret_and_no_registry_stands_in_a_file(path: Path) -> None:
 def test_a_secret_would_be_found() -> None:
     for text in ("AKIA" + "A" * 16, "AWS_SECRET_ACCESS_KEY=abc", "auth_token: abc", "-----BEGIN PRIVATE KEY-----"):
         assert LITERALS.search(text)
+
+
+def test_the_readme_names_what_there_is(rendered: dict[str, Manifest]) -> None:
+    readme = (ROOT / "README.md").read_text()
+    page = readme[readme.index("## On Kubernetes") : readme.index("## What it will cost")]
+    applied = set(re.findall(r"kubectl apply -k cluster/(\w+)", page))
+    assert applied >= {"storage", "dev", "pipeline"}
+    assert set(re.findall(r"cluster/(\w+)(?=[ /|])", page)) <= {path.name for path in CLUSTER.iterdir()}
+    assert {"d2c-pipeline", "d2c-dev", "d2c-s3"} <= set(re.findall(r"\bd2c-[\w-]+", page))
+    assert re.search(r"kubectl (?:logs|delete) .*d2c-pipeline", page) and rendered["pipeline"]["metadata"]["name"] == "d2c-pipeline"
+    assert "ray.io/cluster=d2c-dev" in page and rendered["dev"]["metadata"]["name"] == "d2c-dev"
+    assert "configs/sweep_imagenet256.yaml" in rendered["sweep"]["spec"]["entrypoint"]
+    pod = templates(rendered["pipeline"])[2]["spec"]
+    drain = next(each["value"] for each in pod["containers"][0]["env"] if each["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
+    assert f"for {drain} s and the pod is killed after {pod['terminationGracePeriodSeconds']} s" in page
+    run = Path(next(word for word in rendered["pipeline"]["spec"]["entrypoint"].split() if word.endswith(".yaml"))).stem
+    assert page.count(f"/shared/runs/{run}") == 2
