@@ -12,7 +12,7 @@ from typing import Any
 
 from d2c_ray import plan as plans
 from d2c_ray import tracking
-from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, to_yaml
+from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, pools, to_yaml
 from d2c_ray.errors import UserError, nearest
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
@@ -98,6 +98,7 @@ def _run(plan: Plan, upto: str, say: Say, record: bool) -> Plan:
         if on_ray:
             say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
             slots = connect(config, [node.config for node in wanted if node.stage == "attach" and not node.dir.done])
+            status.plan(wanted, slots)
         run_all(wanted, slots, status, say)
     finally:
         if on_ray:
@@ -171,11 +172,7 @@ def workers(node: Node) -> int:
 
 def least(node: Node) -> int:
     """The fewest places a stage can work on: pools one behind the other want an actor each, or two stages wait for each other's."""
-    if node.stage != "attach":
-        return 1
-    from d2c_ray.distributed import attach
-
-    return attach.pools(node.config)
+    return pools(node.config) if node.stage == "attach" else 1
 
 
 def _title(node: Node, status: "Status") -> str:
@@ -255,10 +252,10 @@ def connect(config: Config, attaching: list[Config], dashboard: bool = False) ->
         attaching: configurations of datasets that will be made.
         dashboard: a local Ray gets one.
     """
-    from d2c_ray.distributed import attach, cluster
+    from d2c_ray.distributed import cluster
 
     cluster.connect(config.resources, dashboard)
-    cluster.preflight(config.resources, max((attach.pools(own) for own in attaching), default=1))
+    cluster.preflight(config.resources, max((pools(own) for own in attaching), default=1))
     return cluster.places(config.resources)
 
 
@@ -311,8 +308,21 @@ class Status:
         self._states: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         if record:
-            write_json(plan.folder / "plan.json", plan.to_json())
+            from d2c_ray.report import gather
+
+            write_json(plan.folder / gather.PLAN, {**plan.to_json(), "planned": gather.kept(plan.folder)})
         self.write()
+
+    def plan(self, nodes: list[Node], slots: int) -> None:
+        """Keeps in plan.json what is expected of stages that have not begun, to be set beside what they take."""
+        if not self._record:
+            return
+        from d2c_ray import forecast
+        from d2c_ray.distributed import cluster
+        from d2c_ray.report import gather
+
+        planned = forecast.planned(self._plan, nodes, cluster.at_hand(), slots)
+        write_json(self._plan.folder / gather.PLAN, {**self._plan.to_json(), "planned": planned})
 
     def set(self, node: Node, state: str, error: str = "") -> None:
         with self._lock:

@@ -21,7 +21,7 @@ from test_score import Chaos, no_ray_is_left, teacher_folder  # noqa: F401 - a f
 
 from d2c_ray import pipeline
 from d2c_ray import plan as plans
-from d2c_ray.config import Config, ResourcesConfig, load, to_yaml
+from d2c_ray.config import Config, ResourcesConfig, load, pools, to_yaml
 from d2c_ray.data import tables
 from d2c_ray.data.decode import decode
 from d2c_ray.data.verify import check
@@ -134,7 +134,7 @@ def test_stored_is_what_the_encoders_say_of_the_stored_image(whole: tuple[Config
 
 def test_encoders_apart_and_more_actors_give_the_same_bytes(whole, again, local_ray: None) -> None:
     config, folder = again("resources.encoders_apart=true", "resources.actors=2")
-    assert attach.pools(config) == 3
+    assert pools(config) == 3
     attached(config)
     assert content(folder) == content(whole[1])
     assert len(content(folder)) == 8 + 4, "parts; classes, selection, rows, rejected"
