@@ -140,6 +140,13 @@ def test_encoders_apart_and_more_actors_give_the_same_bytes(whole, again, local_
     assert len(content(folder)) == 8 + 4, "parts; classes, selection, rows, rejected"
 
 
+def test_a_cluster_at_hand_is_described_as_a_run_would_use_it(local_ray: None) -> None:
+    """Six logical CPUs, two of them for light work."""
+    found = cluster.at_hand()
+    assert (found.gpus, found.gpu, found.cpus, found.how) == (0, "", 4, "at hand")
+    assert found.places(ResourcesConfig()) == cluster.places(ResourcesConfig()) == 4
+
+
 def test_too_coarse_for_int8_makes_the_whole_table_bf16(again, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where parts of an earlier attempt are int8 already."""
     config, folder = again(keep=True)

@@ -31,7 +31,7 @@ def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, str
 
 
 def test_it_measures_all_that_a_run_is_made_of(benched: tuple[Config, Path, str]) -> None:
-    config, file, out = benched
+    _, file, out = benched
     entries = json.loads(file.read_text())["entries"]
     assert sorted(entry["what"] for entry in entries) == sorted(
         ["start", "read", "train", "train", "forward", "vision", "sample", "network", "comparing"]
@@ -61,7 +61,7 @@ def test_plan_counts_with_what_was_measured_and_says_so(benched: tuple[Config, P
 
 
 def test_another_shape_is_counted_by_flops(benched: tuple[Config, Path, str]) -> None:
-    config, file, _ = benched
+    config, _, _ = benched
     deeper = replace(config, model=replace(config.model, depth=4))
     known, here = rates.of(config), hardware.here()
     (_, shallow), (_, deep) = (known.image("train", own, DIGITS, here.device("train", own.resources))[0] for own in (config, deeper))

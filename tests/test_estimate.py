@@ -8,11 +8,13 @@ import torch
 from conftest import DEBUG, ROOT
 
 from d2c_ray import cli, estimate, forecast, hardware, pipeline, rates
+from d2c_ray import plan as plans
 from d2c_ray.config import Config, VisionConfig, arm_configs, load
 from d2c_ray.errors import UserError
 from d2c_ray.estimate import Data
 from d2c_ray.models.transformer import Transformer, TransformerSpec
 from d2c_ray.report import estimate as printed
+from d2c_ray.rundir import write_json
 
 IMAGENET = Data(1_281_167, 1000)
 # Budget, k, batch, steps, depth and width: the paper's tables 1 to 3; XL at 100K and DiT-XL are not in it, and said so.
@@ -385,3 +387,21 @@ def test_what_nothing_makes_fit_is_said() -> None:
     assert not disk["would"] and disk["else_would"].startswith("a disk with ")
     (memory,) = forecast.collect(config, forecast.Asked(hardware.described("A100-80GB")))["problems"]
     assert memory["has"] == 0.9 * 80e9 and memory["would"] == ["resources.micro_batch=64"], "a name may say its memory"
+
+
+def test_what_was_planned_is_kept_once_a_stage_has_begun(debug_config) -> None:
+    """Whatever is known later, or on another cluster: a plan that is changed afterwards would be no plan."""
+    config = debug_config()
+    plan = plans.make(config)
+    nodes = [node for node in plan.nodes if node.stage != "manifest"]
+    train, score = plan.of("train")[0], plan.of("score")[0]
+    score.folder.mkdir(parents=True)  # begun by an older version, which kept nothing
+    cores = hardware.Cluster(0, "", 2, "a core", hardware.AT_HAND)
+    first = forecast.planned(plan, nodes, cores, 2)
+    assert set(first) == {node.name for node in nodes} - {score.name}
+    assert first[train.name]["source"] == "published" and first[train.name]["images"] == 512
+    write_json(plan.folder / "plan.json", {"planned": first})
+    train.folder.mkdir()
+    later = forecast.planned(plan, nodes, hardware.Cluster(8, "H100", 64, "a core", hardware.AT_HAND), 8)
+    assert later[train.name] == first[train.name] and score.name not in later
+    assert later[plan.of("sample")[0].name]["device"] == "H100"
