@@ -37,6 +37,7 @@ from d2c_ray.training import batches, loop
 ROWS = 64  # images read to time decoding
 SAMPLE_STEPS = 2  # of a measurement
 MOST_MEASURED = 4096  # real images in the features of which measuring is timed; more take longer in proportion
+MOST_CALLS = 4  # times the FLOPs of a call that a step of sampling may take on a CPU
 MEMORY_SHARE = 0.6  # of the host's memory that trainings may take side by side
 Say = Callable[[str], None]
 Found = dict[str, Any]
@@ -255,10 +256,26 @@ def _training(config: Config, piece: Piece, data: Data, device: torch.device, ef
         ),
     )  # fmt: skip
     batch = _count(train.batch_size, piece.flops, device, config, effort)
-    micro = min(config.resources.micro_batch or batch, batch)
+    micro = min(config.resources.micro_batch or train.batch_size, train.batch_size)
+    if batch == train.batch_size:
+        raw, micro = _steps(own, spec, given, device, batch, micro, effort)
+        return {"seconds": float(np.median(raw)) / batch, "raw": [one / batch for one in raw], "images": batch, "micro_batch": micro}
+    # Of fewer images a step the optimizer takes too large a part: two sizes tell it from what each image takes.
+    few, more = (_steps(own, spec, given, device, count, micro, effort)[0] for count in (batch, 2 * batch))
+    each = (min(more) - min(few)) / batch
+    optimizer = max(0.0, min(few) - batch * each)
+    seconds = each + optimizer / train.batch_size if each > 0 else min(more) / (2 * batch)
+    return {"seconds": float(seconds), "raw": [few, more], "images": batch, "from_steps_of": [batch, 2 * batch]}
+
+
+def _steps(
+    config: Config, spec: TransformerSpec, given: batches.TrainingSet, device: torch.device, batch: int, micro: int, effort: Effort
+) -> tuple[list[float], int]:
+    """Seconds of training steps of `batch` images, and how many of them at a time: as many as fit, `micro` at most."""
     options = replace(
-        train, start="", batch_size=batch, num_images=(1 + effort.steps) * batch, log_every=batch, checkpoint_every=10**12, keep_every=0, preview_every=0
+        config.train, start="", batch_size=batch, num_images=(1 + effort.steps) * batch, log_every=batch, checkpoint_every=10**12, keep_every=0, preview_every=0
     )  # fmt: skip
+    micro = min(micro, batch)
     while True:
         log: list[dict[str, Any]] = []
         try:
@@ -271,8 +288,7 @@ def _training(config: Config, piece: Piece, data: Data, device: torch.device, ef
                 raise UserError(f"a step of one image takes more memory than {device} has") from None
             micro = -(-micro // 2)
             continue
-        raw = [1.0 / record["images_per_sec"] for record in log[1:]]
-        return {"seconds": float(np.median(raw)), "raw": raw, "images": batch, "micro_batch": micro}
+        return [batch / record["images_per_sec"] for record in log[1:]], micro
 
 
 def _forward(config: Config, piece: Piece, data: Data, device: torch.device, effort: Effort) -> Found:
@@ -280,6 +296,7 @@ def _forward(config: Config, piece: Piece, data: Data, device: torch.device, eff
     model, score = _network(spec, device), config.score
     t = difficulty.timesteps(spec.kind, score.num_timesteps, score.t_min, score.t_max)
     batch = _count(score.device_batch, piece.flops, device, config, effort)
+    t = t[:batch]
     count = max(1, batch // len(t))
     shape = (spec.channels, spec.input_size, spec.input_size)
     with TemporaryDirectory() as folder:
@@ -337,9 +354,11 @@ def _sampling(config: Config, piece: Piece, data: Data, device: torch.device, ef
         if spec.text_tokens
         else (None, None)
     )
-    student = weights.Student(_network(spec, device), {}, *text, 1.0)
     sample = replace(config.sample, steps=min(SAMPLE_STEPS, config.sample.steps))
     indices = torch.arange(sampling.forward_batch(sample, device.type))  # fewer would be filled up
+    if device.type == "cpu" and len(indices) * (piece.flops or 0.0) > MOST_CALLS * effort.cpu_flops * config.resources.threads:
+        raise UserError("it would take minutes on this CPU; d2c plan counts it by the FLOPs of scoring")
+    student = weights.Student(_network(spec, device), {}, *text, 1.0)
     return _timed(lambda: sampling.generate(student, sample, indices, None), device, len(indices) * sample.steps, effort)
 
 

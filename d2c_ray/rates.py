@@ -24,6 +24,7 @@ from d2c_ray.models.flops import dense_peak
 MEASURED, PUBLISHED, ASSUMED, UNKNOWN = "measured here", "published", "assumed", "not known"
 FILE = "bench.json"  # in run.dir
 MFU = 0.4  # assumed where nothing better is known
+ALIKE = {"sample": ("forward",), "forward": ("sample",)}  # forwards of the same network
 DECODES = ("score", "embed", "attach", "reference")  # stages whose images CPU tasks decode ahead of the actors
 # What a stage takes besides its images, in times that Python takes to import what its workers do: starting Ray's workers, writing,
 # waiting. Fitted to finished runs of the presets on two CPU cores.
@@ -96,14 +97,14 @@ class Rates:
             return Rate(0.0, ASSUMED, "nothing to do")
         mine = [
             entry for entry in self.entries
-            if entry["what"] == piece.what and device.is_same(entry["device"], entry["gpu"]) and (device.gpu or entry["threads"] == device.threads)
+            if entry["what"] in (piece.what, *ALIKE.get(piece.what, ())) and device.is_same(entry["device"], entry["gpu"]) and (device.gpu or entry["threads"] == device.threads)
         ]  # fmt: skip
         for entry in mine:
-            if entry["shape"] == piece.shape:
+            if (entry["what"], entry["shape"]) == (piece.what, piece.shape):
                 return Rate(entry["seconds"], MEASURED, f"{entry['device']}, {entry['date'][:10]}")
         alike = [entry for entry in mine if entry["precision"] == piece.precision and entry["flops"]]
         if alike and piece.flops:
-            near = min(alike, key=lambda entry: abs(entry["flops"] - piece.flops))
+            near = min(alike, key=lambda entry: (entry["what"] != piece.what, abs(entry["flops"] - piece.flops)))
             said = f"{near['device']}, {near['date'][:10]}, of another shape ({near['shape']}) by FLOPs"
             return Rate(near["seconds"] * piece.flops / near["flops"], MEASURED, said)
         if piece.flops is None:
