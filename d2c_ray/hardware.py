@@ -42,7 +42,7 @@ class Cluster:
 
     Attributes:
         gpu: the name of its GPUs; empty without any. cpus: cores for decoding and, without GPUs, for everything.
-        cpu: the model name of its cores; empty: not known. how: HERE, DESCRIBED or AT_HAND.
+        cpu: the model name of its cores; empty: not known. how: HERE, DESCRIBED or AT_HAND. gpu_bytes: memory of one; None: as its name says.
     """
 
     gpus: int
@@ -51,6 +51,7 @@ class Cluster:
     cpu: str
     how: str
     assumed: tuple[str, ...] = ()
+    gpu_bytes: float | None = None
 
     def gpus_per_actor(self, resources: ResourcesConfig) -> float:
         return resources.gpus_per_actor if resources.gpus_per_actor >= 0 else float(self.gpus > 0)
@@ -83,7 +84,7 @@ def kind(name: str) -> str | None:
 
 
 def memory_bytes(name: str) -> float | None:
-    """Memory of a GPU by name, or of one place of this machine without one (name empty); None: not known."""
+    """Memory of a GPU by its name; None: not known."""
     words = name.replace("-", " ").split()
     for word in words:
         if said := re.fullmatch(r"(\d+)GB?", word):
@@ -120,7 +121,8 @@ def here() -> Cluster:
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return Cluster(gpus, torch.cuda.get_device_name(0) if gpus else "", cores(), cpu_name(), HERE)
+    size = float(torch.cuda.get_device_properties(0).total_memory) if gpus else None
+    return Cluster(gpus, torch.cuda.get_device_name(0) if gpus else "", cores(), cpu_name(), HERE, gpu_bytes=size)
 
 
 def described(gpus: str, cpus: int = 0) -> Cluster:

@@ -18,7 +18,7 @@ from d2c_ray import estimate
 from d2c_ray.config import Config
 from d2c_ray.errors import UserError
 from d2c_ray.estimate import Assumed, Data, Piece
-from d2c_ray.hardware import Cluster, Device, kind
+from d2c_ray.hardware import DESCRIBED, TRAININGS, Cluster, Device, kind
 from d2c_ray.models.flops import dense_peak
 
 MEASURED, PUBLISHED, ASSUMED, UNKNOWN = "measured here", "published", "assumed", "not known"
@@ -167,7 +167,9 @@ class Rates:
         start = self.start(cluster)
         started = STARTS["manifest" if stage == "teacher" and config.teacher.checkpoint else stage]  # one that is there is only looked at
         parts = [("starting", start.seconds * started, start)]
-        parts += [(what, count * rate.seconds / share, rate) for what, rate in self.image(stage, config, data, device)]
+        # Actors that share a GPU share its pace.
+        whole = share * (min(1.0, cluster.gpus_per_actor(config.resources)) if device.gpu and stage not in TRAININGS else 1.0)
+        parts += [(what, count * rate.seconds / whole, rate) for what, rate in self.image(stage, config, data, device)]
         if stage in DECODES:
             each = self.decode(config, cluster)
             if device.gpu:  # ahead of the actors, who wait for what is longer
@@ -275,14 +277,14 @@ def of(config: Config, mfu: float | None = None, more: Iterable[dict[str, Any]] 
 
 
 def check(cluster: Cluster, config: Config, rates: Rates) -> None:
-    """Refuses a GPU that nothing is known of.
+    """Refuses a described GPU that nothing is known of; of one at hand the hours are then not known.
 
     Raises:
         UserError: names it, and what would do.
     """
     precision = config.train.precision
     measured = any(Device(cluster.gpu, True).is_same(entry["device"], entry["gpu"]) for entry in rates.entries)
-    if cluster.gpu and not measured and dense_peak(cluster.gpu, precision) is None:
+    if cluster.how == DESCRIBED and cluster.gpu and not measured and dense_peak(cluster.gpu, precision) is None:
         would = (
             "H100, H200, A100, L40S, L4, A10G or 'RTX 4090' would do" if kind(cluster.gpu) is None else "another train.precision would do"
         )

@@ -126,6 +126,20 @@ def test_a_gpu_is_known_by_its_long_name_and_by_its_short_one() -> None:
     assert (rate.source, rate.seconds) == (rates.PUBLISHED, pytest.approx(0.5, rel=1e-3)), "0.087 TFLOP/s a core, two threads"
 
 
+def test_actors_that_share_a_gpu_share_its_pace() -> None:
+    half = load(DEBUG, ["resources.gpus_per_actor=0.5"])
+    cluster, known = hardware.described("2xH100"), rates.Rates([])
+    assert cluster.places(half.resources) == 4 and cluster.places(load(DEBUG).resources) == 2
+    each = [known.stage("score", own, DIGITS, cluster, share).parts[1][1] for own, share in ((half, 4), (load(DEBUG), 2))]
+    assert each[0] == pytest.approx(each[1]) and each[0] > 0
+
+
+def test_a_gpu_at_hand_that_nothing_is_known_of_leaves_hours_open() -> None:
+    found = forecast.collect(load(DEBUG), forecast.Asked(hardware.Cluster(1, "Abacus 9", 8, "", hardware.AT_HAND)))
+    assert found["total"]["seconds"] is None and "train" in found["total"]["not_known"]
+    assert "in all: not known, for want of teacher, score" in "\n".join(printed.lines(found))
+
+
 def test_what_is_not_at_hand_is_left_out_and_said(benched: tuple[Config, Path, str]) -> None:
     """A vision encoder that nobody has: its tokens are not measured, and what else is new is."""
     overrides = ["attach.vision.encoder=nobody/dinov2-base", "attach.text.encoder=none", "train.align_weight=0", "score.device_batch=32"]
