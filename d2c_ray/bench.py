@@ -147,14 +147,15 @@ def measured(
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": versions(),
     }
-    for what, shape, piece, _ in [("start", "", None, None), *todo]:
+    every_kind: list[tuple[str, str, Piece | None]] = [("start", "", None), *(one[:3] for one in todo)]
+    for what, shape, made in every_kind:
         own = [one[what, shape] for one in done]
         if reason := next((one["error"] for one in own if "error" in one), None):
             missing[f"{what} of {shape}"] = reason
             continue
         on_gpu = bool(here.gpus) and what not in ("start", "read", "comparing")
-        seconds, flops = float(np.mean([one["seconds"] for one in own])), piece.flops if piece and what != "comparing" else None
-        precision = piece.precision if piece else "fp32"
+        seconds, flops = float(np.mean([one["seconds"] for one in own])), made.flops if made and what != "comparing" else None
+        precision = made.precision if made else "fp32"
         peak = dense_peak(here.gpu, precision) if on_gpu else None
         entries.append({
             **own[0], "raw": [one["raw"] for one in own], "what": what, "shape": shape, "seconds": seconds, "precision": precision, "flops": flops,
@@ -179,10 +180,10 @@ def _most_processes(training: list[Config], data: Data) -> int:
 
 def _measure(
     todo: list[tuple[str, str, Piece | None, Config]], data: Data, effort: Effort, rows: pa.Table | None, started: float, index: int
-) -> Found:
+) -> dict[tuple[str, str], Found]:
     """All work in one process: seconds and their raw timings by kind and shape, or the error."""
     start = time.time() - started  # importing what a worker does
-    found: Found = {("start", ""): {"seconds": start, "raw": [start]}}
+    found: dict[tuple[str, str], Found] = {("start", ""): {"seconds": start, "raw": [start]}}
     device = torch.device("cuda", index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
     for what, shape, piece, config in todo:
         torch.set_num_threads(config.resources.threads)
@@ -200,7 +201,7 @@ def _measure(
                     own = WAYS[what](config, piece, data, device, effort)
                 if device.type == "cuda" and what not in ("read", "comparing"):
                     own["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-        except (UserError, ImportError) as error:  # its weights are not at hand
+        except (UserError, ImportError, torch.OutOfMemoryError) as error:  # its weights are not at hand, or it does not fit
             own = {"error": str(error)}
         found[what, shape] = own
         if device.type == "cuda":
@@ -346,19 +347,15 @@ def _looking(config: Config, piece: Piece, data: Data, device: torch.device, eff
 
 def _sampling(config: Config, piece: Piece, data: Data, device: torch.device, effort: Effort) -> Found:
     spec = estimate.transformer_spec(config, data.classes, [])
-    text = (
-        (
-            torch.randn(data.classes, spec.text_tokens, spec.text_width).to(device),
-            torch.ones(data.classes, spec.text_tokens, dtype=torch.long).to(device),
-        )
-        if spec.text_tokens
-        else (None, None)
-    )
+    states = mask = None
+    if spec.text_tokens:
+        states = torch.randn(data.classes, spec.text_tokens, spec.text_width).to(device)
+        mask = torch.ones(data.classes, spec.text_tokens, dtype=torch.long).to(device)
     sample = replace(config.sample, steps=min(SAMPLE_STEPS, config.sample.steps))
     indices = torch.arange(sampling.forward_batch(sample, device.type))  # fewer would be filled up
     if device.type == "cpu" and len(indices) * (piece.flops or 0.0) > MOST_CALLS * effort.cpu_flops * config.resources.threads:
         raise UserError("it would take minutes on this CPU; d2c plan counts it by the FLOPs of scoring")
-    student = weights.Student(_network(spec, device), {}, *text, 1.0)
+    student = weights.Student(_network(spec, device), {}, states, mask, 1.0)
     return _timed(lambda: sampling.generate(student, sample, indices, None), device, len(indices) * sample.steps, effort)
 
 

@@ -398,8 +398,8 @@ def _memory(whole: Resolved, cluster: Cluster, datas: dict[str, Data]) -> list[d
         device = cluster.device(stage, config.resources)
         if device.gpu:
             each = 1.0 if stage in hardware.TRAININGS else max(cluster.gpus_per_actor(config.resources), 1e-9)
-            size = cluster.gpu_bytes or hardware.memory_bytes(device.name)
-            limits[what] = size * min(1.0, each) if size else None
+            memory = cluster.gpu_bytes or hardware.memory_bytes(device.name)
+            limits[what] = memory * min(1.0, each) if memory else None
         else:  # shared by as many as work there
             knob = pipeline.WORKERS_OF.get(stage)
             side = getattr(config.resources, knob) if knob else cluster.places(config.resources)

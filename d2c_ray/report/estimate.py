@@ -34,7 +34,7 @@ def _stages(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         name = f"{row['stage']} ({', '.join(row['arms'])})" if len({arm for one in rows for arm in one["arms"]}) > 1 else row["stage"]
         line = [name, "there" if row["done"] else "to run", f"{row['images']:,}", str(row["places"] or "")]
-        planned = _time(row["planned"]) if row["done"] else _time(row["seconds"])
+        planned = ("-" if row["planned"] is None else _time(row["planned"])) if row["done"] else _time(row["seconds"])
         times = [planned, _time(row["actual"]) if row["done"] else ""] if "took" in head else [planned]
         body.append([*line, *times, f"{row['gpu_hours']:,.2f}" if row.get("gpu_hours") else "", row.get("source", "")])
     return numbers.grid(head, body)
