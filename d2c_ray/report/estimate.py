@@ -30,13 +30,16 @@ def _stages(rows: list[dict[str, Any]]) -> list[str]:
     head = ["stage", "", "images", "places", "time", "GPU-hours", "by"]
     if any(row["done"] for row in rows):
         head = [*head[:4], "planned", "took", *head[5:]]
+    if any(row["folder"] for row in rows):
+        head.append("folder")
     body = []
     for row in rows:
         name = f"{row['stage']} ({', '.join(row['arms'])})" if len({arm for one in rows for arm in one["arms"]}) > 1 else row["stage"]
         line = [name, "there" if row["done"] else "to run", f"{row['images']:,}", str(row["places"] or "")]
         planned = ("-" if row["planned"] is None else _time(row["planned"])) if row["done"] else _time(row["seconds"])
         times = [planned, _time(row["actual"]) if row["done"] else ""] if "took" in head else [planned]
-        body.append([*line, *times, f"{row['gpu_hours']:,.2f}" if row.get("gpu_hours") else "", row.get("source", "")])
+        more = [f"{row['gpu_hours']:,.2f}" if row.get("gpu_hours") else "", row.get("source", ""), row["folder"]]
+        body.append([*line, *times, *more][: len(head)])
     return numbers.grid(head, body)
 
 
