@@ -82,8 +82,12 @@ COMMANDS = {
         "d2c export-model configs/quickstart.yaml exported --weights ema",
     ),
     "plan": (
-        "Say what a configuration will cost before anything runs: parameters, FLOPs, memory, bytes, and which stages are there.",
-        "d2c plan configs/imagenet256_sit_l_10k.yaml resources.train_workers=8",
+        "Say what a configuration will cost before anything runs: stages, hours, GPU-hours, price, bytes, memory, and what does not fit.",
+        "d2c plan configs/imagenet256_sit_l_10k.yaml resources.train_workers=8 --gpus 8xH100",
+    ),
+    "bench": (
+        "Measure how fast this machine does what a run is made of, in minutes; d2c plan then counts with that.",
+        "d2c bench configs/quickstart.yaml",
     ),
     "config": ("Print the whole configuration as it would run, defaults included.", "d2c config configs/cifar10.yaml train.lr=2e-4"),
 }
@@ -121,7 +125,7 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     summary, example = COMMANDS[name]
     needs = (
         ""
-        if name in ("run", "sweep", "submit", "status", "config", "plan", "compare", "import-model", "export-model")
+        if name in ("run", "sweep", "submit", "status", "config", "plan", "bench", "compare", "import-model", "export-model")
         else "\n\nRuns what it needs first and is not there yet."
     )
     if name in ("verify", "export"):
@@ -162,6 +166,7 @@ for _name in COMMANDS:
         "run",
         "config",
         "plan",
+        "bench",
         "explain",
         "selectors",
         "verify",
@@ -550,21 +555,84 @@ def _of_arm(folders: dict[str, str], arm: str, what: str) -> str:
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="Give GPU-hours on this device: H100, A100, 'RTX 4090', ...")] = "",
-    mfu: Annotated[float, typer.Option(metavar="SHARE", help="Share of its peak that training is assumed to use.")] = 0.4,
+    gpus: Annotated[
+        str, typer.Option("--gpus", "--gpu", metavar="NxNAME", help="A cluster in words: 8xH100, A100, '2xRTX 4090'; else this machine.")
+    ] = "",
+    cpus: Annotated[int, typer.Option(min=0, metavar="N", help="CPU cores of that cluster; 0: 8 a GPU.")] = 0,
+    address: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="A Ray cluster at hand, which is asked for its nodes: auto, HOST:PORT.")
+    ] = "",
+    price: Annotated[
+        float | None, typer.Option(min=0, metavar="PRICE", help="Of a GPU-hour, in any currency; for all GPUs, busy or not.")
+    ] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Share of a GPU's peak to assume where nothing was measured; 0.4 unless known better."),
+    ] = None,
     images: Annotated[int, typer.Option(min=0, metavar="N", help="Images of the source, where it is not at hand.")] = 0,
+    disk: Annotated[
+        float | None, typer.Option(min=0, metavar="GB", help="Free for the run folder, where it is not on this machine.")
+    ] = None,
+    cache: Annotated[
+        float | None, typer.Option(min=0, metavar="GB", help="Free for a node's copies of datasets (resources.cache_dir).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The numbers alone, as JSON.")] = False,
 ) -> None:
+    from d2c_ray import forecast, hardware
     from d2c_ray.config import load
     from d2c_ray.report import estimate
 
-    found = estimate.collect(load(config, overrides or []), gpu, mfu, images)
+    own = load(config, overrides or [])
+    if address and (gpus or cpus):
+        raise UserError(
+            f"--address {address} and {'--gpus' if gpus else '--cpus'}: a cluster is at hand or described; one of the two would do."
+        )
+    cluster = _at_hand(own, address) if address else hardware.described(gpus, cpus) if gpus or cpus else None
+    asked = forecast.Asked(cluster, mfu, images, price, *(None if size is None else size * 1e9 for size in (disk, cache)))
+    found = forecast.collect(own, asked)
     if as_json:
         import json
 
         print(json.dumps(found, indent=1))
     else:
         print("\n".join(estimate.lines(found)))
+
+
+def _at_hand(config: Any, address: str) -> Any:
+    """What a Ray cluster has."""
+    from dataclasses import replace
+
+    from d2c_ray.distributed import cluster
+
+    cluster.connect(replace(config.resources, address=address))
+    try:
+        return cluster.at_hand()
+    finally:
+        cluster.disconnect()
+
+
+@_command("bench")
+def bench(
+    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="YAML file of the run to measure for; none: the defaults.")] = "",
+    overrides: Overrides = None,
+    thorough: Annotated[bool, typer.Option("--thorough/--quick", help="Minutes more, for steadier numbers.")] = False,
+    out: Annotated[str, typer.Option(metavar="FILE", help="A .json to add to; else bench.json in run.dir, where d2c plan looks.")] = "",
+) -> None:
+    from pathlib import Path
+
+    from d2c_ray import bench as benches
+    from d2c_ray import forecast, rates
+    from d2c_ray.config import load
+
+    own = load(config or None, overrides or [])
+    if out:
+        if not out.endswith(".json"):
+            raise UserError(f"--out {out}: a file that ends in .json would do.")
+        _writable("--out", out)
+    file = Path(out).expanduser() if out else Path(own.run.dir).expanduser() / rates.FILE
+    found = benches.run(own, file, benches.THOROUGH if thorough else benches.QUICK, forecast.some_rows(own), say=_say)
+    print("\n".join(benches.lines(found)))
+    print(f"{file}{'' if out else ', from which d2c plan takes its paces'}")
 
 
 @_command("config")

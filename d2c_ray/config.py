@@ -546,6 +546,12 @@ def in_training(config: Config) -> list[str]:
     return [*(["latent"] if config.vae.path and config.vae.encode == "training" else []), *online]
 
 
+def pools(config: Config) -> int:
+    """Actor pools that attaching takes, one behind the other."""
+    encoders = len(config.attach.encoders()) + bool(config.vae.path) - len(in_training(config))
+    return max(1, encoders) if config.resources.encoders_apart else 1
+
+
 def arm_configs(config: Config) -> dict[str, Config]:
     """One resolved configuration an arm, in the order of the file; a single arm 'student' where none is named."""
     if not config.arms:

@@ -7,6 +7,7 @@ count; what they leave out is said beside them.
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,15 +15,15 @@ from typing import Any
 
 import torch
 
-from d2c_ray.config import DINOV2, Config, TrainConfig, VisionConfig, in_training
-from d2c_ray.errors import UserError
+from d2c_ray.config import DINOV2, FEATURE_SELECTORS, INCEPTION, MODEL_SIZES, Config, ModelConfig, TrainConfig, VisionConfig, in_training
 from d2c_ray.models import latents
-from d2c_ray.models.flops import dense_peak, forward_macs
+from d2c_ray.models.flops import forward_macs
 from d2c_ray.models.transformer import TimestepEmbed, Transformer, TransformerSpec
 from d2c_ray.selection import rank
 from d2c_ray.training import batches, online
 
 IMAGENET = (1_281_167, 1_000)  # images and classes of its training set
+DIGITS = (1_797, 10)
 PATCH = 14  # DINOv2's
 # Depth and width of the encoders by model name; a folder at hand says its own.
 DINOV2_SHAPES = {"small": (12, 384), "base": (12, 768), "large": (24, 1024), "giant": (40, 1536)}
@@ -34,6 +35,11 @@ EFFICIENTNETS = {
 EFFICIENTNET_WIDTH, MINILM_WIDTH = 1280, 384
 # The encoder of Stable Diffusion's VAE: multiply-adds a pixel, and a squared pixel for the attention over (pixels / 64) places.
 VAE_MACS = (2_064_321.0, 0.25)
+VAE_DECODER_MACS = (4_730_528.0, 0.25)
+INCEPTION_MACS = 5.73e9  # published, of 299 x 299 pixels
+DINOV2_MEASURING = 224 // PATCH  # patches a side that evaluate's DINOv2 networks see
+IMAGENET_BYTES = 147_897_477_120 / 1_281_167  # of an image: the published tar of its training set
+MOST_SOUGHT = 100_000  # training images that evaluate looks for copies among
 ROW_BYTES = 16  # sample_id and label
 Assumed = list[str]
 
@@ -47,44 +53,12 @@ class Data:
     image_bytes: float | None = None
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A device by its dense peak, and the share of it that training is assumed to use."""
-
-    name: str
-    peak: float  # FLOP/s
-    precision: str
-    mfu: float
-
-    def hours(self, flops: float) -> float:
-        return flops / (self.peak * self.mfu) / 3600
-
-    def at(self, precision: str) -> "Gpu":
-        """The same device computing in another precision."""
-        return gpu(self.name, precision, self.mfu)
-
-
-def gpu(name: str, precision: str, mfu: float) -> Gpu:
-    """A device by name.
-
-    Raises:
-        UserError: an unknown one, or a utilisation that is no share.
-    """
-    if not 0.0 < mfu <= 1.0:
-        raise UserError(f"--mfu {mfu}: the share of the peak that is used; above 0 and up to 1 would do, for example 0.4.")
-    found = dense_peak(name, precision)
-    if found is None:
-        raise UserError(f"--gpu {name}: no peak in {precision} is known of it; H100, H200, A100, L40S, L4, A10G or 'RTX 4090' would do.")
-    return Gpu(found[0], found[1], precision, mfu)
-
-
-def student(config: Config, data: Data, gpu: Gpu | None = None) -> dict[str, Any]:
+def student(config: Config, data: Data) -> dict[str, Any]:
     """All that `d2c plan` says of one student, as numbers.
 
     Args:
         config: of its arm.
         data: of the source.
-        gpu: for the hours; None: none are given.
     """
     assumed: Assumed = []
     chosen = data.images if config.select.selector == "all" else rank.budget_images(config.select.budget, data.images)
@@ -98,7 +72,7 @@ def student(config: Config, data: Data, gpu: Gpu | None = None) -> dict[str, Any
             "parameters": parameters(spec), "parameters_plain": parameters(replace(spec, text_tokens=0, vision_width=0)), "macs_forward": forward_macs(spec), "macs_training": forward_macs(spec, features=True),
         },
         "images": chosen, "of": data.images, "shown": shown, "steps": steps, "epochs": shown / max(1, chosen), "batch_size": config.train.batch_size,
-        "compute": compute(config, spec, shown, gpu, assumed),
+        "compute": compute(config, spec, shown),
         "memory": memory(config, spec),
         "bytes": sizes(config, spec, chosen, data, assumed),
         "in_training": in_training(config),
@@ -189,7 +163,7 @@ def _read_config(path: str, subfolder: str = "") -> dict[str, Any]:
 # Compute
 
 
-def compute(config: Config, spec: TransformerSpec, shown: int, gpu: Gpu | None, assumed: Assumed) -> dict[str, Any]:
+def compute(config: Config, spec: TransformerSpec, shown: int) -> dict[str, Any]:
     """FLOPs of training: 2 a multiply-add, and three forwards a step (backward is two); a fourth with recompute.
 
     Frozen encoders that run while training take one forward. Not counted are elementwise operations, norms, AdamW and EMA.
@@ -199,30 +173,32 @@ def compute(config: Config, spec: TransformerSpec, shown: int, gpu: Gpu | None, 
     plain, aligned = forward_macs(spec), forward_macs(spec, features=True)
     model = 2 * forwards * (aligned * until + plain * (shown - until))
     encoders: dict[str, float] = {}
-    precisions: dict[str, str] = {}  # encoders have their own, fp32 unless told otherwise
     unknown: list[str] = []
-    online_names, vision = in_training(config), aligned_with(config)
-    if online.LATENT in online_names:
-        pixels = config.data.image_size**2
-        blocks = _read_config(config.vae.path, config.vae.subfolder).get("block_out_channels", [128, 256, 512, 512])
-        if blocks == [128, 256, 512, 512]:
-            precisions[config.vae.path] = config.vae.precision
-            encoders[config.vae.path] = 2.0 * shown * (VAE_MACS[0] * pixels + VAE_MACS[1] * pixels**2)
-        else:
-            unknown.append(config.vae.path)
-    if vision is not None and online.column(config.train.align_with) in online_names:
-        macs = vision_macs(vision, spec.input_size // spec.patch)
+    for name, macs, images in _in_training(config, spec, shown, until):
         if macs is None:
-            unknown.append(vision.encoder)
+            unknown.append(name)
         else:
-            precisions[vision.encoder] = vision.precision
-            encoders[vision.encoder] = encoders.get(vision.encoder, 0.0) + 2.0 * until * macs
-    total = model + sum(encoders.values())
-    hours = None
-    if gpu:
-        spent = gpu.hours(model) + sum(gpu.at(precisions[name]).hours(flops) for name, flops in encoders.items())
-        hours = {"gpu": gpu.name, "peak": gpu.peak, "precision": gpu.precision, "mfu": gpu.mfu, "hours": spent}
-    return {"model": model, "forwards": forwards, "encoders": encoders, "unknown": unknown, "total": total, "assumed": hours}
+            encoders[name] = encoders.get(name, 0.0) + 2.0 * images * macs
+    return {"model": model, "forwards": forwards, "encoders": encoders, "unknown": unknown, "total": model + sum(encoders.values())}
+
+
+def _in_training(config: Config, spec: TransformerSpec, shown: int, until: int) -> list[tuple[str, float | None, int]]:
+    """What encodes while training: its name, multiply-adds an image (None: not known) and images."""
+    names, vision = in_training(config), aligned_with(config)
+    found: list[tuple[str, float | None, int]] = []
+    if online.LATENT in names:
+        found.append((config.vae.path, vae_macs(config, VAE_MACS), shown))
+    if vision is not None and online.column(config.train.align_with) in names:
+        found.append((vision.encoder, vision_macs(vision, spec.input_size // spec.patch), until))
+    return found
+
+
+def vae_macs(config: Config, each: tuple[float, float]) -> float | None:
+    """Multiply-adds of an image in the VAE's encoder (VAE_MACS) or decoder (VAE_DECODER_MACS); None of other shapes than Stable Diffusion's."""
+    if _read_config(config.vae.path, config.vae.subfolder).get("block_out_channels", [128, 256, 512, 512]) != [128, 256, 512, 512]:
+        return None
+    pixels = config.data.image_size**2
+    return each[0] * pixels + each[1] * pixels**2
 
 
 def vision_macs(options: VisionConfig, grid: int) -> float | None:
@@ -300,6 +276,231 @@ def activations(spec: TransformerSpec, batch: int, bf16: bool, recompute: bool =
     return kept + embed + final + text + head + weights
 
 
+def teacher_training(config: Config) -> Config:
+    """The configuration that trains the teacher as a student."""
+    attach = replace(
+        config.attach, text=replace(config.attach.text, encoder="none"), vision=replace(config.attach.vision, encoder="none"), also={}
+    )
+    resources = replace(config.resources, train_workers=config.resources.teacher_workers)
+    return replace(config, model=config.teacher.model, train=config.teacher.train, attach=attach, resources=resources)
+
+
+def forward_bytes(spec: TransformerSpec, batch: int, bf16: bool) -> int:
+    """Bytes of frozen weights (float32) and about what a forward of `batch` images holds at once, in its widest place: an MLP.
+
+    Not counted is the allocator's own.
+    """
+    n, width, hidden = batch * (spec.input_size // spec.patch) ** 2, spec.width, int(spec.width * spec.mlp_ratio)
+    copies = 2 * parameters(spec) if bf16 else 0  # autocast keeps weights in bf16 too
+    return (
+        4 * parameters(spec)
+        + copies
+        + n * (8 * width + (width + 2 * hidden) * (2 if bf16 else 4))
+        + 12 * batch * spec.channels * spec.input_size**2
+    )
+
+
+def vae_bytes(config: Config, decode: bool) -> int:
+    """About the bytes that a forward of the VAE holds: three tensors of its widest layer, at the images' full size."""
+    each = 2 if config.vae.precision in ("bf16", "fp16") else 4
+    return 3 * (256 if decode else 128) * config.data.image_size**2 * each * config.vae.device_batch
+
+
+def forwards(config: Config, classes: int, assumed: Assumed) -> dict[str, dict[str, Any]]:
+    """Memory of the largest forward of stages that train nothing: bytes, and the field that decides it with its value.
+
+    Encoders of tokens and the networks that measure are left out: a batch of 32 takes them less than the transformers here.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    teacher, student = teacher_spec(config, classes, assumed), transformer_spec(config, classes, assumed)
+    score, sample = config.score, config.sample
+    if config.select.selector not in ("all", *FEATURE_SELECTORS):
+        bytes_of = forward_bytes(teacher, score.device_batch, score.precision != "fp32")
+        found["score"] = {"bytes": bytes_of, "knob": "score.device_batch", "value": score.device_batch}
+    batch = sample.device_batch * (2 if sample.guidance > 1 else 1)
+    found["sample"] = {
+        "bytes": forward_bytes(student, batch, sample.precision == "bf16"),
+        "knob": "sample.device_batch",
+        "value": sample.device_batch,
+    }
+    if config.vae.path:
+        found["attach"] = {"bytes": vae_bytes(config, False), "knob": "vae.device_batch", "value": config.vae.device_batch}
+        found["decode"] = {"bytes": vae_bytes(config, True), "knob": "vae.device_batch", "value": config.vae.device_batch}
+    return found
+
+
+# Work, stage by stage
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Work of one kind that a stage does `times` an image.
+
+    Attributes:
+        what: train | forward | sample | encode | decode | vision | network.
+        shape: in words, all that its pace depends on besides the device.
+        flops: of it once; None: not known. precision: that they are computed in.
+        of: which encoder's column or network; of train and forward whose, teacher or student.
+    """
+
+    what: str
+    shape: str
+    times: float
+    flops: float | None
+    precision: str
+    of: str = ""
+
+
+def images(stage: str, config: Config, data: Data) -> int:
+    """Images that a stage works on, of a training those it shows."""
+    if stage == "teacher":
+        return 0 if config.teacher.checkpoint else config.teacher.train.num_images
+    if stage in ("manifest", "score", "embed", "select"):
+        return data.images
+    chosen = data.images if config.select.selector == "all" else rank.budget_images(config.select.budget, data.images)
+    held = min(config.sample.num_images, data.images // 2)
+    real = held + min(data.images - held, config.evaluate.max_reference or data.images)
+    if stage == "reference":
+        return real
+    if stage == "evaluate":
+        # Beside what was generated: the training images where the reference lacks them, and mirrored where students saw that.
+        trained = min(chosen, real) if config.select.selector == "all" else chosen
+        made = (
+            0
+            if config.sample.keep == "none"
+            else config.sample.num_images * (2 if config.evaluate.unguided and config.sample.guidance != 1 else 1)
+        )
+        return made + (0 if real >= data.images else trained) + (min(trained, MOST_SOUGHT) if config.data.flip else 0)
+    return {"attach": chosen, "train": config.train.num_images}.get(stage, config.sample.num_images)
+
+
+def pieces(stage: str, config: Config, data: Data, assumed: Assumed) -> list[Piece]:
+    """What a stage does with each image on its device; empty of stages that work on tables alone."""
+    if stage == "teacher":
+        return [_training("teacher", teacher_training(config), data.classes, assumed)]
+    if stage == "train":
+        own = [_training("student", config, data.classes, assumed)] if config.train.num_images else []
+        spec = transformer_spec(config, data.classes, assumed)
+        shown = config.train.num_images
+        until = min(shown, config.train.align_until or shown) if spec.vision_width else 0
+        if own and online.LATENT in in_training(config):
+            own.append(_encode(config))
+        column = online.column(config.train.align_with)
+        if own and aligned_with(config) is not None and column in in_training(config):
+            own.append(_vision(config, column, spec.input_size // spec.patch, until / shown))
+        return own
+    sides = 1 + config.data.flip
+    if stage == "score":
+        spec, score = teacher_spec(config, data.classes, assumed), config.score
+        shape = f"{words(spec)}, {score.device_batch} at a time in {score.precision}{', compiled' if score.compile else ''}"
+        forward = Piece("forward", shape, score.num_timesteps, 2.0 * forward_macs(spec), score.precision, "teacher")
+        return [forward, *([_encode(config, sides if score.cache_latents else 1)] if config.vae.path else [])]
+    if stage == "embed":
+        return [_efficientnet(config.embed.encoder, config.embed.image_size, config.embed.device_batch, "embed")]
+    if stage == "attach":
+        grid, online_names = latents_grid(config, assumed), in_training(config)
+        kept = config.score.cache_latents and config.select.selector not in ("all", *FEATURE_SELECTORS)
+        found = [_encode(config, sides)] if config.vae.path and online.LATENT not in online_names and not kept else []
+        return found + [_vision(config, column, grid, sides) for column in config.attach.encoders() if column not in online_names]
+    if stage in ("sample", "unguided"):
+        spec, sample = transformer_spec(config, data.classes, assumed), config.sample
+        low, high = sample.guidance_interval
+        guided = 1 + (high - low if sample.guidance > 1 and stage == "sample" else 0)
+        each = guided * (2 if sample.sampler == "heun" else 1)
+        shape = f"{words(spec)}, {sample.sampler}, {'guided' if guided > 1 else 'unguided'}, {sample.device_batch} at a time in {sample.precision}"
+        found = [Piece("sample", shape, sample.steps, 2.0 * each * forward_macs(spec), sample.precision, "student")]
+        if config.vae.path:
+            macs = vae_macs(config, VAE_DECODER_MACS)
+            found.append(Piece("decode", _vae(config), 1, None if macs is None else 2 * macs, config.vae.precision))
+        return found + (networks(config) if sample.keep == "none" else [])
+    return networks(config) if stage in ("reference", "evaluate") else []
+
+
+def networks(config: Config) -> list[Piece]:
+    """The networks that measure."""
+    evaluate = config.evaluate
+    found = []
+    for name in dict.fromkeys([evaluate.network, *evaluate.more_networks]):
+        if name in EFFICIENTNETS:
+            found.append(_efficientnet(name, evaluate.image_size, evaluate.device_batch, name))
+            continue
+        macs = INCEPTION_MACS if name == INCEPTION else vision_macs(VisionConfig(encoder=name), DINOV2_MEASURING)
+        found.append(Piece("network", f"{name}, {evaluate.device_batch} at a time", 1, None if macs is None else 2 * macs, "fp32", name))
+    return found
+
+
+def _training(of: str, config: Config, classes: int, assumed: Assumed) -> Piece:
+    train, spec = config.train, transformer_spec(config, classes, assumed)
+    steps = math.ceil(train.num_images / train.batch_size)
+    found = compute(config, spec, steps * train.batch_size)
+    more = [
+        f"{1 + len(train.ema_also)} EMAs",
+        *(["compiled"] if train.compile else []),
+        *(["recomputing"] if config.resources.recompute else []),
+    ]
+    shape = f"{words(spec)}, batch {train.batch_size} in {train.precision}, {', '.join(more)}{'' if train.align_weight > 0 and spec.vision_width else ', not aligned'}"
+    return Piece("train", shape, 1, found["model"] / max(1, steps * train.batch_size), train.precision, of)
+
+
+def _encode(config: Config, times: float = 1) -> Piece:
+    macs = vae_macs(config, VAE_MACS)
+    return Piece("encode", _vae(config), times, None if macs is None else 2 * macs, config.vae.precision)
+
+
+def _vae(config: Config) -> str:
+    vae = config.vae
+    return f"{vae.path}{f'/{vae.subfolder}' if vae.subfolder else ''} at {config.data.image_size} px, {vae.device_batch} at a time in {vae.precision}"
+
+
+def _vision(config: Config, column: str, grid: int, times: float) -> Piece:
+    own = config.attach.encoders()[column]
+    macs = vision_macs(own, grid)
+    shape = f"{own.encoder} at {own.image_size or 'its own'} px for {grid} x {grid} tokens of {config.data.image_size} px, {own.device_batch} at a time in {own.precision}"
+    return Piece("vision", shape, times, None if macs is None else 2 * macs, own.precision, column)
+
+
+def _efficientnet(name: str, size: int, batch: int, of: str) -> Piece:
+    macs, native = EFFICIENTNETS[name]
+    return Piece("network", f"{name} at {size} px, {batch} at a time", 1, 2 * macs * (size / native) ** 2, "fp32", of)
+
+
+def words(spec: TransformerSpec) -> str:
+    """A network's shape."""
+    text = f", text {spec.text_tokens} x {spec.text_width}" if spec.text_tokens else ""
+    vision = f", vision {spec.vision_width} by {spec.align_hidden}" if spec.vision_width else ""
+    return f"{spec.kind} of {spec.depth} x {spec.width}, {spec.heads} heads, on {spec.channels} x {spec.input_size} x {spec.input_size} by {spec.patch}{text}{vision}"
+
+
+def latents_grid(config: Config, assumed: Assumed) -> int:
+    """Tokens a side of a student."""
+    side: int = latent(config, assumed)["side"]
+    return side // config.model.patch
+
+
+def teacher_spec(config: Config, classes: int, assumed: Assumed) -> TransformerSpec:
+    """The network that scores: the teacher that is trained, or as far as a checkpoint is at hand or its name says it."""
+    given, model = config.teacher.checkpoint, config.teacher.model
+    if not given:
+        return latents.transformer_spec(model, latent(config, assumed), classes, None, 0)
+    folder = Path(given).expanduser()
+    if (folder / "model.json").is_file():
+        return TransformerSpec(**json.loads((folder / "model.json").read_text())["spec"])
+    said = _read_config(given, "transformer") or _read_config(given)
+    named = re.search(r"(DiT|SiT)-(S|B|L|XL)-(\d)", given, re.IGNORECASE)
+    if "num_attention_heads" in said:
+        heads = said["num_attention_heads"]
+        model = ModelConfig(
+            "dit", depth=said["num_layers"], width=heads * said["attention_head_dim"], heads=heads, patch=said["patch_size"]
+        )
+    elif named:
+        depth, width, heads = MODEL_SIZES[named[2].upper()]
+        model = ModelConfig(named[1].lower(), depth=depth, width=width, heads=heads, patch=int(named[3]))
+    else:
+        assumed.append(f"the shape of teacher.checkpoint={given} is not known: that of a DiT-XL/2")
+        model = ModelConfig("dit", size="XL")
+    return latents.transformer_spec(model, latent(config, assumed), classes, None, 0)
+
+
 # Bytes on disks
 
 
@@ -323,6 +524,9 @@ def sizes(config: Config, spec: TransformerSpec, chosen: int, data: Data, assume
         "an_image": each,
         "dataset": {**parts, "images": source, "total": sum(parts.values()) + (source or 0)},
         "cache": (opened + latent_bytes + tokens.get(mine, 0) + ROW_BYTES) * chosen,
+        # What other stages leave; generated images are PNG, which is smaller than their pixels.
+        "kept_latents": each["latents"] * data.images if config.score.cache_latents else 0,
+        "samples": config.sample.num_images * each["pixels"] * {"none": 0, "parquet": 1}.get(config.sample.keep, 2),
         "checkpoint": checkpoint, "checkpoints": checkpoint * (train.keep_checkpoints + kept), "model": 4 * count * (2 + len(train.ema_also)),
         "either_way": {
             "tokens_bf16_a_flip": sum(values["bf16"] for values in each["tokens"].values()) // each["sides"] * chosen,
@@ -357,11 +561,6 @@ def _stored(options: VisionConfig) -> str:
     return "bf16" if options.storage == "bf16" else "int8"
 
 
-def of_gpus(config: Config, name: str, mfu: float) -> Gpu:
-    """The device at the precision that a configuration trains in."""
-    return gpu(name, config.train.precision, mfu)
-
-
 def known(images: int, config: Config, facts: dict[str, Any] | None, image_bytes: float | None) -> tuple[Data, Assumed]:
     """What is known of the source, and what had to be assumed.
 
@@ -373,6 +572,9 @@ def known(images: int, config: Config, facts: dict[str, Any] | None, image_bytes
     if facts is not None:
         found = Data(facts["rows"], max(1, len(facts["class_names"])), image_bytes)
         return (replace(found, images=images), []) if images else (found, [])
+    if config.data.source == "digits":
+        count = min(DIGITS[0], config.data.limit_per_class * DIGITS[1] or DIGITS[0])
+        return Data(images or count, DIGITS[1]), []
     if images:
         return Data(images, IMAGENET[1]), [f"{IMAGENET[1]:,} classes"]
     if config.select.selector == "all" or config.select.budget <= 1:

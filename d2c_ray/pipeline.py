@@ -17,7 +17,7 @@ from typing import Any
 
 from d2c_ray import plan as plans
 from d2c_ray import tracking
-from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, to_yaml
+from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, pools, to_yaml
 from d2c_ray.errors import Stopped, UserError, nearest
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
@@ -109,6 +109,7 @@ def _run_with(plan: Plan, upto: str, say: Say, record: bool, status: "Status") -
         if on_ray:
             say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
             slots = connect(config, [node.config for node in wanted if node.stage == "attach" and not node.dir.done])
+            status.plan(wanted, slots)
         run_all(wanted, slots, status, say)
     finally:
         if on_ray:
@@ -183,11 +184,7 @@ def workers(node: Node) -> int:
 
 def least(node: Node) -> int:
     """The fewest places a stage can work on: pools one behind the other want an actor each, or two stages wait for each other's."""
-    if node.stage != "attach":
-        return 1
-    from d2c_ray.distributed import attach
-
-    return attach.pools(node.config)
+    return pools(node.config) if node.stage == "attach" else 1
 
 
 def _title(node: Node, status: "Status") -> str:
@@ -267,11 +264,11 @@ def connect(config: Config, attaching: list[Config], dashboard: bool = False) ->
         attaching: configurations of datasets that will be made.
         dashboard: a local Ray gets one.
     """
-    from d2c_ray.distributed import attach, cluster
+    from d2c_ray.distributed import cluster
 
     cluster.connect(config.resources, dashboard)
     _listen()  # Ray has taken the signal
-    cluster.preflight(config.resources, max((attach.pools(own) for own in attaching), default=1))
+    cluster.preflight(config.resources, max((pools(own) for own in attaching), default=1))
     return cluster.places(config.resources)
 
 
@@ -349,7 +346,9 @@ class Status:
         self._stopped = False
         self._run: dict[str, Any] = {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "started": now(), **_ray_job()}
         if record:
-            write_json(plan.folder / PLAN, plan.to_json())
+            from d2c_ray.report import gather
+
+            write_json(plan.folder / PLAN, {**plan.to_json(), "planned": gather.kept(plan.folder)})
         self.write()
 
     @contextmanager
@@ -384,6 +383,16 @@ class Status:
             self._run |= end
             with nullcontext() if end["state"] == "done" else suppress(OSError):  # a full disk's, which would hide what was wrong
                 self.write()
+
+    def plan(self, nodes: list[Node], slots: int) -> None:
+        """Keeps in plan.json what is expected of stages that have not begun, to be set beside what they take."""
+        if not self._record:
+            return
+        from d2c_ray import forecast
+        from d2c_ray.distributed import cluster
+
+        planned = forecast.planned(self._plan, nodes, cluster.at_hand(), slots)
+        write_json(self._plan.folder / PLAN, {**self._plan.to_json(), "planned": planned})
 
     def set(self, node: Node, state: str, error: str = "") -> None:
         with self._lock:

@@ -1,289 +1,291 @@
-"""How long work takes on this machine, measured on the networks themselves with made-up images: what a sweep's hours are planned by.
+"""How fast work goes, and who says so: measured by `d2c bench` on the device that is meant, else published, else assumed.
 
-Weights are random where a network is still to be trained, which costs the same. Several processes measure side by side where as
-many will work side by side, since they share the machine's memory and cores.
+Stages are pieces of work (`estimate.pieces`) times images. A piece's pace is, the first that there is of:
+
+measured here   of a piece of the same shape on the same device, from bench.json in run.dir, or by a sweep's dry run just now;
+                of another shape of the same kind there, by FLOPs
+published       the table below, by FLOPs
+assumed         a share of the device's dense peak
 """
 
-import math
-import multiprocessing
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-import torch
-
 from d2c_ray import estimate
-from d2c_ray.config import Config, ModelConfig, TrainConfig, to_dict
-from d2c_ray.evaluate import sampling
-from d2c_ray.evaluate.measures import measure
-from d2c_ray.models import frozen, latents, networks, teachers, vision, weights
-from d2c_ray.models.transformer import Transformer, TransformerSpec
-from d2c_ray.selection import difficulty
-from d2c_ray.training import batches, loop
+from d2c_ray.config import Config
+from d2c_ray.errors import UserError
+from d2c_ray.estimate import Assumed, Data, Piece
+from d2c_ray.hardware import DESCRIBED, TRAININGS, Cluster, Device, kind
+from d2c_ray.models.flops import dense_peak
 
-MEASURED = {"unguided": "sample", "reference": "evaluate"}  # stages that do the work of another
-ON_ALL = ("score", "embed", "attach", "reference")  # stages that run on all places
-TRAIN_STEPS, SAMPLE_STEPS = 3, 2  # of a measurement, behind one that warms up
-MOST_MEASURED = 4096  # real images in the features of which measuring is timed; more take longer in proportion
+MEASURED, PUBLISHED, ASSUMED, UNKNOWN = "measured here", "published", "assumed", "not known"
+FILE = "bench.json"  # in run.dir
+MFU = 0.4  # assumed where nothing better is known
+ALIKE = {"sample": ("forward",), "forward": ("sample",)}  # forwards of the same network
+DECODES = ("score", "embed", "attach", "reference")  # stages whose images CPU tasks decode ahead of the actors
 # What a stage takes besides its images, in times that Python takes to import what its workers do: starting Ray's workers, writing,
 # waiting. Fitted to finished runs of the presets on two CPU cores.
 STARTS = {"manifest": 0.2, "teacher": 3.5, "score": 2.5, "embed": 2.0, "select": 0.2, "union": 0.1, "attach": 2.5, "train": 3.0, "sample": 1.5, "unguided": 1.5, "reference": 2.0, "evaluate": 2.0}  # fmt: skip
 
+# The table: what others, and this project's own benches, have measured.
+README = "this project's README, Measured, November 2026"
+# FLOP/s of one core of an AMD EPYC with avx512_bf16: a step of a SiT of depth 6 and width 384, batch 64, 1.137 GMACs a forward with its
+# head, takes two threads 1.80 s in bf16 and 3.19 / 1.27 s in fp32.
+CORE = {"bf16": 6 * 1.1373e9 * 64 / 1.80 / 2, "fp32": 6 * 1.1373e9 * 64 / (3.19 / 1.27) / 2}
+# Shares of a GPU's dense peak in half precision. fast-DiT: a DiT-XL/2 (118.6 GMACs) of 256 px on cached features, AMP and checkpointing, so
+# that steps take four forwards; an A100, 0.84 steps of 128 images a second. Counted are three.
+SHARES = {("A100", "bf16"): (0.84 * 128 * 6 * 118.64e9 / 312e12, "fast-DiT's README: DiT-XL/2 on one A100, 0.84 steps/s of 128 images")}
+DECODE_SEC = 0.0073  # a 500 x 375 JPEG to 256 px and the noise of 16 levels, a core
+START_SEC = 17 / 2.5  # of importing; 17 s from the call of scoring to its first result, less computing
+RANKING_SEC = 0.65 / 1.28e6  # a row
+GREEDY_SEC = 0.10 / (100 * 1300)  # herding and k_center, a pick and image of the class
+# gadc on a class of 1,300: 10 images 2.6 s, 50 10 s, 100 52 s.
+GADC_SEC, GADC_POWER = 2.6 / (10**1.25 * 1300), 1.25
+# Precision to coverage of 50,000 generated against 10,000 real images 298 s, copies 66 s, a Fréchet distance 3.6 s, at 2,048 numbers.
+COMPARING_SEC, FRECHET_SEC = (298 + 66) / (50_000 * 10_000), 3.6
+LISTING_SEC = 5e-5  # assumed, an image
+WIDTHS = {"efficientnet-lite0": 1280, "efficientnet-lite2": 1280}  # of features; of others 2,048
+MOST_COMPARED = 50_000  # rows of the reference
+
 
 @dataclass(frozen=True)
-class Rates:
-    """Seconds, of one process of those that work side by side.
+class Rate:
+    """Seconds of one process, and who says so: `source` is MEASURED, PUBLISHED, ASSUMED or UNKNOWN, `said` where it is from."""
+
+    seconds: float
+    source: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Time:
+    """What a stage takes.
 
     Attributes:
-        start: to start Python with all that a worker imports.
-        each: an image, by `key`: scored, embedded, attached to, trained on, sampled, looked at by the networks that measure.
-        measuring: to compute the measures of one student.
+        seconds: from its start to its end; None: not known. parts: (what of it, seconds, who says so).
     """
 
-    start: float
-    each: dict[str, float]
-    measuring: float
+    seconds: float | None
+    parts: list[tuple[str, float, Rate]]
 
-    def stage(self, stage: str, config: Config, images: int, places: int = 1) -> float:
-        """Seconds of a whole stage; those that all trials wait for have `places` processes."""
-        each = self.each.get(key(config, MEASURED.get(stage, stage)), 0.0) / (places if stage in ON_ALL else 1)
-        return self.start * STARTS[stage] + images * each + (self.measuring if stage == "evaluate" else 0.0)
+    @property
+    def by(self) -> Rate:
+        """Who says so of the largest part."""
+        unknown = next((rate for _, _, rate in self.parts if rate.source == UNKNOWN), None)
+        return unknown or max(self.parts, key=lambda part: part[1])[2]
 
 
-def measured(wanted: list[tuple[str, Config]], classes: int, real: int, side_by_side: int) -> Rates:
-    """Times stages of configurations, each kind once, in `side_by_side` processes at once; their mean.
+@dataclass
+class Rates:
+    """All that is known of paces.
 
-    Args:
-        classes: of the data. real: images in the reference, which measuring takes time for.
+    Attributes:
+        entries: measured ones, as `bench` writes them. mfu: the share of a GPU's peak that the user assumes; None: as the table has it.
+        assumed: what was assumed of shapes on the way.
     """
-    kinds = {key(config, MEASURED.get(stage, stage)): (MEASURED.get(stage, stage), config) for stage, config in wanted}
-    ways = [(name, stage, config) for name, (stage, config) in kinds.items() if stage in WAYS]
-    with ProcessPoolExecutor(side_by_side, mp_context=multiprocessing.get_context("spawn")) as pool:
-        started = time.perf_counter()
-        every = [pool.submit(_measure, ways, classes, real, started, index) for index in range(side_by_side)]
-        found = [one.result() for one in every]
-    return Rates(
-        float(np.mean([one.start for one in found])), {name: float(np.mean([one.each[name] for one in found])) for name, *_ in ways},
-        float(np.mean([one.measuring for one in found])),
-    )  # fmt: skip
 
+    entries: list[dict[str, Any]]
+    mfu: float | None = None
+    assumed: Assumed = field(default_factory=list)
 
-def key(config: Config, stage: str) -> str:
-    """What the pace of a stage depends on: configurations with the same have the same."""
-    of, data = to_dict(config), _pick(config.data, "image_size", "channels", "flip")
-    train = config.train
-    said: dict[str, list[Any]] = {
-        "teacher": [data, of["vae"], of["teacher"]["model"], _pace(config.teacher.train)],
-        "score": [data, of["vae"], of["teacher"]["model"], {**of["score"], "seed": 0}],
-        "embed": [data, of["embed"]],
-        "attach": [data, of["vae"], of["attach"], config.model.patch],
-        "train": [data, of["vae"], of["model"], of["attach"], _pace(train), train.align_weight > 0, train.align_with],
-        "sample": [
-            data,
-            of["vae"],
-            of["model"],
-            config.attach.text.encoder,
-            {**of["sample"], "guidance": config.sample.guidance > 1, "seed": 0},
-        ],
-        "evaluate": [data, {**of["evaluate"], "seed": 0}, config.sample.num_images],
-    }
-    return repr(said.get(stage))
+    def piece(self, piece: Piece, device: Device) -> Rate:
+        """One piece of work in one process on a device."""
+        if piece.flops == 0:
+            return Rate(0.0, ASSUMED, "nothing to do")
+        mine = [
+            entry for entry in self.entries
+            if entry["what"] in (piece.what, *ALIKE.get(piece.what, ())) and device.is_same(entry["device"], entry["gpu"]) and (device.gpu or entry["threads"] == device.threads)
+        ]  # fmt: skip
+        for entry in mine:
+            if (entry["what"], entry["shape"]) == (piece.what, piece.shape):
+                return Rate(entry["seconds"], MEASURED, f"{entry['device']}, {entry['date'][:10]}")
+        alike = [entry for entry in mine if entry["precision"] == piece.precision and entry["flops"]]
+        if alike and piece.flops:
+            near = min(alike, key=lambda entry: (entry["what"] != piece.what, abs(entry["flops"] - piece.flops)))
+            said = f"{near['device']}, {near['date'][:10]}, of another shape ({near['shape']}) by FLOPs"
+            return Rate(near["seconds"] * piece.flops / near["flops"], MEASURED, said)
+        if piece.flops is None:
+            return Rate(0.0, UNKNOWN, f"the FLOPs of {piece.shape} are not known: d2c bench measures it where its weights are at hand")
+        return self._by_flops(piece.flops, piece.precision, device)
 
+    def _by_flops(self, flops: float, precision: str, device: Device) -> Rate:
+        if not device.gpu:
+            own = "bf16" if precision == "bf16" else "fp32"
+            return Rate(
+                flops / CORE[own] / device.threads,
+                PUBLISHED,
+                f"{README}: training on an AMD EPYC reaches {CORE[own] / 1e12:.3f} TFLOP/s a core in {own}",
+            )
+        peak = dense_peak(device.name, precision)
+        if peak is None:
+            return Rate(0.0, UNKNOWN, f"no peak in {precision} is known of {device.name}: d2c bench measures it where it is at hand")
+        name, top = peak
+        share, source, said = self.mfu or MFU, ASSUMED, f"{self.mfu or MFU:.0%} of {name}'s {top / 1e12:,.1f} TFLOP/s in {precision}"
+        if not self.mfu and (name, "bf16" if precision == "fp16" else precision) in SHARES:
+            share, where = SHARES[name, "bf16" if precision == "fp16" else precision]
+            source, said = PUBLISHED, f"{where}: {share:.0%} of its {top / 1e12:,.1f} TFLOP/s"
+        return Rate(flops / (top * share), source, said)
 
-def _pace(train: TrainConfig) -> dict[str, Any]:
-    return _pick(train, "batch_size", "precision", "compile", "ema_also")
+    def image(self, stage: str, config: Config, data: Data, device: Device) -> list[tuple[str, Rate]]:
+        """Seconds of an image in one process, by piece."""
+        found = []
+        for piece in estimate.pieces(stage, config, data, self.assumed):
+            rate = self.piece(piece, device)
+            found.append((piece.what, Rate(rate.seconds * piece.times, rate.source, rate.said)))
+        return found
 
+    def _on(self, what: str, cluster: Cluster) -> list[dict[str, Any]]:
+        """What was measured of a machine's cores, the cluster's or one's that has its GPU."""
+        return [
+            entry for entry in self.entries
+            if entry["what"] == what
+            and (entry["device"] == cluster.cpu or (bool(cluster.gpu) and Device(cluster.gpu, True).is_same(entry["host_gpu"] or "", True)))
+        ]  # fmt: skip
 
-def _pick(section: Any, *names: str) -> dict[str, Any]:
-    return {name: getattr(section, name) for name in names}
+    def host(self, what: str, shape: str, cluster: Cluster) -> Rate | None:
+        """Work of a core that is no piece of a stage."""
+        for entry in self._on(what, cluster):
+            if entry["shape"] == shape:
+                return Rate(entry["seconds"], MEASURED, f"{entry['device']}, {entry['date'][:10]}")
+        return None
 
+    def start(self, cluster: Cluster) -> Rate:
+        """Starting Python with all that a worker imports."""
+        return self.host("start", "", cluster) or Rate(START_SEC, PUBLISHED, f"{README}: 17 s until a stage's first result")
 
-def _measure(ways: list[tuple[str, str, Config]], classes: int, real: int, started: float, index: int) -> Rates:
-    start = time.perf_counter() - started  # the clock is the system's
-    device = torch.device("cuda", index % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-    each, measuring = {}, 0.0
-    for name, stage, config in ways:
-        torch.set_num_threads(config.resources.threads)
-        torch.manual_seed(0)
-        each[name] = WAYS[stage](config, classes, device)
-        if stage == "evaluate":
-            measuring = max(measuring, _measuring(config, classes, real))
-    return Rates(start, each, measuring)
+    def decode(self, config: Config, cluster: Cluster) -> Rate:
+        """An image on one core."""
+        said = f"{README}: a JPEG of 500 x 375 to 256 px"
+        return self.host("read", reading(config), cluster) or Rate(DECODE_SEC, PUBLISHED, said)
 
-
-def _timed(work: Callable[[], Any], device: torch.device, times: int = 2) -> float:
-    """Seconds of one call: the least of some, behind one that warms up."""
-    work()
-    least = math.inf
-    for _ in range(times):
-        _wait(device)
-        before = time.perf_counter()
-        work()
-        _wait(device)
-        least = min(least, time.perf_counter() - before)
-    return least
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _pixels(config: Config, count: int) -> torch.Tensor:
-    size = config.data.image_size
-    return torch.randint(0, 256, (count, size, size, config.data.channels), dtype=torch.uint8)
-
-
-def _spec(config: Config, model: ModelConfig, classes: int, alone: bool) -> TransformerSpec:
-    if alone:
-        return latents.transformer_spec(model, latents.latent_facts(config), classes, None, 0)
-    return estimate.transformer_spec(replace(config, model=model), classes, [])
-
-
-def _training(config: Config, model: ModelConfig, train: TrainConfig, classes: int, device: torch.device, alone: bool = False) -> float:
-    spec = _spec(config, model, classes, alone)
-    rows, sides, tokens = 64, 1 + config.data.flip, (spec.input_size // spec.patch) ** 2
-    rng = np.random.default_rng(0)
-    shape = (spec.channels, spec.input_size, spec.input_size)
-    data = batches.TrainingSet(
-        labels=rng.integers(0, classes, rows), num_classes=classes, flip=config.data.flip,
-        vision=rng.integers(-127, 128, (rows, sides, tokens, spec.vision_width), np.int8) if spec.vision_width else None,
-        vision_scale=np.ones((rows, sides, tokens), np.float32) if spec.vision_width else None,
-        text_states=torch.randn(classes, spec.text_tokens, spec.text_width) if spec.text_tokens else None,
-        text_mask=torch.ones(classes, spec.text_tokens, dtype=torch.long) if spec.text_tokens else None,
-        **(
-            {"latent_mean": rng.standard_normal((rows, sides, *shape)).astype(np.float16), "latent_std": np.ones((rows, sides, *shape), np.float16)}
-            if config.vae.path else {"pixels": rng.integers(0, 256, (rows, spec.input_size, spec.input_size, spec.channels), np.uint8)}
-        ),
-    )  # fmt: skip
-    batch = train.batch_size
-    options = replace(
-        train, start="", num_images=(1 + TRAIN_STEPS) * batch, log_every=batch, checkpoint_every=10**12, keep_every=0, preview_every=0
-    )
-    log: list[dict[str, Any]] = []
-    loop.train(
-        spec, options, data, device=device, micro_batch=config.resources.micro_batch, recompute=config.resources.recompute, log=log.append,
-        checkpoint=lambda step, save: None,
-    )  # fmt: skip
-    return float(np.median([1.0 / record["images_per_sec"] for record in log[1:]]))
-
-
-def _scoring(config: Config, classes: int, device: torch.device) -> float:
-    model = _network(_spec(config, config.teacher.model, classes, alone=True), device)
-    t = difficulty.timesteps(model.spec.kind, config.score.num_timesteps, config.score.t_min, config.score.t_max)
-    count = max(1, config.score.device_batch // len(t))
-    shape = (model.spec.channels, model.spec.input_size, model.spec.input_size)
-    with TemporaryDirectory() as folder:
-        weights.save(
-            Path(folder),
-            model.spec,
-            {"raw": model.state_dict(), "ema": model.state_dict()},
-            {"class_names": [""] * classes, "latent": latents.latent_facts(config)},
-            None,
+    def stage(self, stage: str, config: Config, data: Data, cluster: Cluster, share: int) -> Time:
+        """A whole stage on `share` places, actors or training workers, that are taken to share it evenly."""
+        count, device = estimate.images(stage, config, data), cluster.device(stage, config.resources)
+        start = self.start(cluster)
+        started = STARTS["manifest" if stage == "teacher" and config.teacher.checkpoint else stage]  # one that is there is only looked at
+        parts = [("starting", start.seconds * started, start)]
+        # Actors that share a GPU share its pace.
+        whole = share * (min(1.0, cluster.gpus_per_actor(config.resources)) if device.gpu and stage not in TRAININGS else 1.0)
+        parts += [(what, count * rate.seconds / whole, rate) for what, rate in self.image(stage, config, data, device)]
+        if stage in DECODES:
+            each = self.decode(config, cluster)
+            if device.gpu:  # ahead of the actors, who wait for what is longer
+                ahead, computing = count * each.seconds / max(1, cluster.cpus - share), sum(seconds for what, seconds, _ in parts[1:])
+                parts.append(("waiting for decoding", max(0.0, ahead - computing), each))
+            else:  # on the same cores
+                parts.append(("decoding", count * each.seconds / share, each))
+        parts += self._tables(stage, config, data, cluster, count)
+        unknown = any(rate.source == UNKNOWN for _, _, rate in parts) and count > 0
+        return Time(
+            None if unknown else sum(seconds for _, seconds, _ in parts),
+            parts if unknown else [part for part in parts if part[2].source != UNKNOWN],
         )
-        teacher = teachers.load(Path(folder), device, config.score.precision, config.score.compile)
-    z, noise, label = torch.randn(count, *shape), torch.randn(count, len(t), *shape), torch.zeros(count, dtype=torch.int64)
-    return _timed(lambda: difficulty.errors(teacher, z, label, noise, t, config.score.device_batch), device) / count + _encoding(
-        config, device
-    )
+
+    def _tables(self, stage: str, config: Config, data: Data, cluster: Cluster, count: int) -> list[tuple[str, float, Rate]]:
+        """Work on tables, on the driver."""
+        if stage == "manifest":
+            return [("listing", count * LISTING_SEC, Rate(LISTING_SEC, ASSUMED, "20,000 images a second; it depends on the storage"))]
+        if stage == "select":
+            select = config.select
+            chosen = estimate.images("attach", config, data)
+            a_class = chosen / max(1, data.classes) * count / max(1, data.classes)
+            if select.selector == "gadc":
+                picks = max(1.0, chosen / max(1, data.classes))
+                seconds = data.classes * GADC_SEC * picks**GADC_POWER * count / max(1, data.classes)
+            else:
+                seconds = data.classes * GREEDY_SEC * a_class if select.selector in ("herding", "k_center") else count * RANKING_SEC
+            return [("choosing", seconds, Rate(seconds, PUBLISHED, f"{README}: selecting"))]
+        if stage == "evaluate":
+            made, total = config.sample.num_images, 0.0
+            rate = Rate(0.0, PUBLISHED, f"{README}: measuring")
+            real = min(estimate.images("reference", config, data), max(MOST_COMPARED, made))
+            for piece in estimate.networks(config):
+                width = WIDTHS.get(piece.of, 2048) / 2048
+                own = self._comparing(piece.of, made, real, cluster)
+                total += own.seconds if own else COMPARING_SEC * made * real * width + FRECHET_SEC * width**3
+                rate = own or rate
+            times = 2 if config.evaluate.unguided and config.sample.guidance != 1.0 else 1
+            return [("comparing", times * total, rate)]
+        return []
+
+    def _comparing(self, network: str, made: int, real: int, cluster: Cluster) -> Rate | None:
+        """Measures of features, in proportion to what was measured of fewer, or of more."""
+        for entry in self._on("comparing", cluster):
+            if entry["shape"].startswith(f"{network},"):
+                more = max(1.0, made / entry["made"]) * max(1.0, real / entry["real"])
+                return Rate(entry["seconds"] * more, MEASURED, f"{entry['device']}, {entry['date'][:10]}")
+        return None
 
 
-def _network(spec: TransformerSpec, device: torch.device) -> Transformer:
-    return Transformer(spec).eval().requires_grad_(False).to(device)
+def reading(config: Config) -> str:
+    """What the pace of decoding depends on, in words."""
+    data = config.data
+    where = data.path.rstrip("/").rpartition("/")[2] or data.source
+    return f"images of {where} to {data.image_size} px, {data.channels} channels"
 
 
-def _encoding(config: Config, device: torch.device) -> float:
-    if not config.vae.path:
-        return 0.0
-    vae, pixels = frozen.Vae(config.vae, device), _pixels(config, config.vae.device_batch)
-    return _timed(lambda: vae.encode(pixels), device) / len(pixels)
+def read(folder: Path) -> list[dict[str, Any]]:
+    """What was measured, from bench.json in a run.dir; empty where it is not there.
+
+    Raises:
+        UserError: a file that is none of `d2c bench`.
+    """
+    path = folder.expanduser() / FILE
+    return from_file(path) if path.is_file() else []
 
 
-def _embedding(config: Config, classes: int, device: torch.device) -> float:
-    embed = config.embed
-    encoder, pixels = frozen.VisionEncoder(embed.encoder, embed.image_size, device, embed.device_batch), _pixels(config, embed.device_batch)
-    return _timed(lambda: encoder.pooled(pixels), device) / len(pixels)
+def from_file(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file that `d2c bench` wrote.
+
+    Raises:
+        UserError: another file.
+    """
+    try:
+        found = json.loads(path.read_text())["entries"]
+        for entry in found:
+            _ = (
+                entry["what"],
+                entry["shape"],
+                entry["device"],
+                entry["gpu"],
+                float(entry["seconds"]),
+                entry["date"],
+                entry["flops"],
+                entry["precision"],
+                entry["host_gpu"],
+                entry["threads"],
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"'{path}' is no file of d2c bench ({type(error).__name__}: {error}); d2c bench writes it anew once it is moved away."
+        ) from None
+    return list(found)
 
 
-def _attaching(config: Config, classes: int, device: torch.device) -> float:
-    grid, sides = latents.grid_side(latents.latent_facts(config), config.model), 1 + config.data.flip
-    total = _encoding(config, device) * sides
-    for column, options in config.attach.encoders().items():
-        if options.encode == "ahead":
-            encoder, pixels = vision.load(options, grid, device, f"attach.{column}"), _pixels(config, options.device_batch)
-            total += sides * _timed(partial(encoder.tokens, pixels, grid), device) / len(pixels)
-    return total
+def of(config: Config, mfu: float | None = None, more: Iterable[dict[str, Any]] = ()) -> Rates:
+    """What is known where a configuration's runs lie.
+
+    Raises:
+        UserError: a utilisation that is no share, or a bench.json that is none.
+    """
+    if mfu is not None and not 0.0 < mfu <= 1.0:
+        raise UserError(f"--mfu {mfu}: the share of the peak that is used; above 0 and up to 1 would do, for example 0.4.")
+    return Rates([*more, *read(Path(config.run.dir))], mfu)
 
 
-def _sampling(config: Config, classes: int, device: torch.device) -> float:
-    spec = _spec(config, config.model, classes, alone=False)
-    text = (
-        (torch.randn(classes, spec.text_tokens, spec.text_width), torch.ones(classes, spec.text_tokens, dtype=torch.long))
-        if spec.text_tokens
-        else (None, None)
-    )
-    states, mask = (None if part is None else part.to(device) for part in text)
-    student = weights.Student(_network(spec, device), {}, states, mask, 1.0)
-    steps = min(SAMPLE_STEPS, config.sample.steps)
-    vae = frozen.Vae(config.vae, device) if config.vae.path else None
-    indices = torch.arange(sampling.forward_batch(config.sample, device.type))
-    few = _timed(lambda: sampling.generate(student, replace(config.sample, steps=steps), indices, vae), device)
-    none = 0.0
-    if vae is not None:
-        z = torch.randn(len(indices), spec.channels, spec.input_size, spec.input_size)
-        none = _timed(lambda: vae.decode(z), device)  # once an image, however many steps there are
-    return (none + (few - none) * config.sample.steps / steps) / len(indices)
+def check(cluster: Cluster, config: Config, rates: Rates) -> None:
+    """Refuses a described GPU that nothing is known of; of one at hand the hours are then not known.
 
-
-def _looking(config: Config, classes: int, device: torch.device) -> float:
-    total = 0.0
-    for name in networks.names(config.evaluate):
-        network, pixels = networks.load(name, config.evaluate, device), _pixels(config, config.evaluate.device_batch)
-        total += _timed(partial(network.features, pixels), device) / len(pixels)
-    return total
-
-
-def _measuring(config: Config, classes: int, real: int) -> float:
-    """Of features without meaning, which take as long; of fewer real images than there are where they are many."""
-    evaluate, rng = config.evaluate, np.random.default_rng(0)
-    width = networks.facts(evaluate.network, evaluate)["width"]
-    few = max(2 * classes, min(real, MOST_MEASURED))
-    made = min(config.sample.num_images, MOST_MEASURED)
-
-    def features(count: int) -> np.ndarray:
-        return rng.standard_normal((count, width), np.float32)
-
-    started = time.perf_counter()
-    measure(
-        reference=features(few), reference_labels=np.arange(few) % classes, held_out=features(made), held_out_labels=np.arange(made) % classes,
-        generated=features(made), asked=np.arange(made) % classes, subset=features(min(few, 1000)), neighbours=evaluate.neighbours,
-        kid_subsets=evaluate.kid_subsets, kid_subset_size=evaluate.kid_subset_size, bootstrap=evaluate.bootstrap, pairs=0,
-    )  # fmt: skip
-    more = max(real / few, config.sample.num_images / made)
-    return (time.perf_counter() - started) * len(networks.names(evaluate)) * max(1.0, more)
-
-
-def _teaching(config: Config, classes: int, device: torch.device) -> float:
-    return _training(config, config.teacher.model, config.teacher.train, classes, device, alone=True)
-
-
-def _learning(config: Config, classes: int, device: torch.device) -> float:
-    return _training(config, config.model, config.train, classes, device)
-
-
-# By stage, what gives its seconds an image.
-WAYS: dict[str, Callable[[Config, int, torch.device], float]] = {
-    "teacher": _teaching,
-    "score": _scoring,
-    "embed": _embedding,
-    "attach": _attaching,
-    "train": _learning,
-    "sample": _sampling,
-    "evaluate": _looking,
-}
+    Raises:
+        UserError: names it, and what would do.
+    """
+    precision = config.train.precision
+    measured = any(Device(cluster.gpu, True).is_same(entry["device"], entry["gpu"]) for entry in rates.entries)
+    if cluster.how == DESCRIBED and cluster.gpu and not measured and dense_peak(cluster.gpu, precision) is None:
+        would = (
+            "H100, H200, A100, L40S, L4, A10G or 'RTX 4090' would do" if kind(cluster.gpu) is None else "another train.precision would do"
+        )
+        raise UserError(f"--gpus {cluster.gpu}: no peak in {precision} is known of it, and d2c bench measured nothing on one; {would}.")

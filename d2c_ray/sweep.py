@@ -28,7 +28,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2c_ray import estimate, pipeline, rates, tracking, trials
+from d2c_ray import bench, estimate, hardware, pipeline, rates, tracking, trials
+from d2c_ray import forecast as forecasts
 from d2c_ray import plan as plans
 from d2c_ray.config import Config, SweepConfig, from_dict, to_dict, to_yaml
 from d2c_ray.data import tables
@@ -38,7 +39,6 @@ from d2c_ray.report import gather, outcomes
 from d2c_ray.report import sweep as report
 from d2c_ray.report.outcomes import DONE, FAILED, RUNNING, STOPPED
 from d2c_ray.rundir import PROGRESS, Lock, StageDir, write_json, write_text
-from d2c_ray.selection import rank
 from d2c_ray.trials import Trial
 
 OWN = ("train", "sample", "unguided", "evaluate")  # stages that a trial runs; all others are made before
@@ -433,7 +433,7 @@ def forecast(config: Config) -> dict[str, Any]:
         _list(sweep, pipeline.Status(sweep.plan, record=False), lambda _: None)
     manifest, assumed = sweep.plan.of("manifest")[0], list[str]()
     data, _ = estimate.known(0, config, manifest.dir.success()["facts"], None)
-    places, options = _places(config), config.sweep
+    places, options, here = _places(config), config.sweep, hardware.here()
     concurrent = concurrency(config, places)
     listed = sweep.trials or _unknown(sweep)
     nodes: dict[str, Node] = {}
@@ -441,24 +441,32 @@ def forecast(config: Config) -> dict[str, Any]:
         for node in trial.plan.arms["student"].values():
             nodes.setdefault(node.name if sweep.trials else f"{node.name}{trial.id if node.stage in OWN else ''}", node)
     todo = {name: node for name, node in nodes.items() if not node.dir.done}
-    held = min(config.sample.num_images, data.images // 2)
-    real = min(data.images - held, config.evaluate.max_reference or data.images)
-    pace = rates.measured([(node.stage, node.config) for node in todo.values()], data.classes, real, concurrent)
+    pace = rates.of(config)
+    fresh, missing = bench.measured([(node.stage, node.config) for node in todo.values()], data, concurrent, known=pace)
+    pace.entries += fresh
+    assumed += [f"{what}, as it could not be measured: {why}" for what, why in missing.items()]
+
+    def seconds_of(node: Node, of: estimate.Data) -> float:
+        share = pipeline.workers(node) or (places if node.stage not in OWN else max(1, places // concurrent))
+        return pace.stage(node.stage, node.config, of, here, share).seconds or 0.0
+
     seconds: dict[str, float] = {}
     attaching: dict[str, list[Node]] = {}
     for name, node in todo.items():
         if node.stage == "attach":  # all of a kind are taken from one of all their images
             attaching.setdefault(node.lineage, []).append(node)
-        count = 0 if node.stage == "attach" else _images(node, data.images, held + real)
-        seconds[name] = pace.stage(node.stage, node.config, count, places)
+            seconds[name] = pace.start(here).seconds * rates.STARTS["attach"]
+            continue
+        seconds[name] = seconds_of(node, data)
         if node.stage == "train" and options.equal == "seconds":
-            seconds[name] = min(seconds[name], pace.stage("train", node.config, 0) + options.seconds)
+            seconds[name] = min(seconds[name], pace.start(here).seconds * rates.STARTS["train"] + options.seconds)
         if node.stage in OWN[1:]:  # once more at every rung
             seconds[name] *= len(trials.rungs(replace(node.config, sweep=options)))
     for lineage, group in attaching.items():
         # Subsets overlap by an amount that only selecting shows: as many images as there can be.
-        chosen = sum(_images(node, data.images, 0) for node in group)
-        seconds[f"attach once {lineage}"] = pace.stage("attach", group[0].config, min(chosen, data.images), places)
+        chosen = min(data.images, sum(estimate.images("attach", node.config, data) for node in group))
+        of_all = replace(group[0], config=replace(group[0].config, select=replace(group[0].config.select, budget=float(max(2, chosen)))))
+        seconds[f"attach once {lineage}"] = seconds_of(of_all, data)
     if options.asha:
         assumed.append("that ASHA ends no trial early: it will take less")
     if options.equal == "seconds":
@@ -470,8 +478,8 @@ def forecast(config: Config) -> dict[str, Any]:
     return {
         "trials": len(listed), "points": len({json.dumps(trial.point) for trial in listed}), "twins": sum(trial.twin for trial in listed), "concurrent": concurrent,
         "finished": sum(_finished(sweep, trial) for trial in sweep.trials), "stages": _counted(nodes, todo), "shared_seconds": shared, "trial_seconds": own,
-        "seconds": shared + own / concurrent, "bytes": _bytes(listed, todo, data, assumed), "assumed": list(dict.fromkeys(assumed)),
-        "images_per_second": _paces(pace, todo), "labels": [trial.label for trial in sweep.trials],
+        "seconds": shared + own / concurrent, "bytes": _bytes(todo, data), "assumed": list(dict.fromkeys(assumed)),
+        "images_per_second": _paces(pace, todo, data, here), "labels": [trial.label for trial in sweep.trials],
     }  # fmt: skip
 
 
@@ -487,32 +495,15 @@ def _unknown(sweep: Sweep) -> list[Trial]:
 
 def _places(config: Config) -> int:
     """Places for work on this machine, without asking Ray."""
-    import torch
-
-    from d2c_ray.distributed import cluster
-
-    return config.resources.actors or torch.cuda.device_count() or cluster.cores()
+    return hardware.here().places(config.resources)
 
 
-def _images(node: Node, total: int, measured: int) -> int:
-    """Images that a stage works on."""
-    config = node.config
-    if node.stage == "teacher":
-        return 0 if config.teacher.checkpoint else config.teacher.train.num_images
-    if node.stage in ("score", "embed", "manifest", "select"):
-        return total
-    chosen = total if config.select.selector == "all" else rank.budget_images(config.select.budget, total)
-    return {"attach": chosen, "train": config.train.num_images, "reference": measured, "evaluate": config.sample.num_images}.get(
-        node.stage, config.sample.num_images
-    )
-
-
-def _paces(pace: rates.Rates, todo: dict[str, Node]) -> dict[str, list[float]]:
+def _paces(pace: rates.Rates, todo: dict[str, Node], data: estimate.Data, here: hardware.Cluster) -> dict[str, list[float]]:
     """Images a second of one process, by stage, slowest first: students of several kinds have several."""
     found: dict[str, set[float]] = {}
     for node in todo.values():
-        each = pace.each.get(rates.key(node.config, node.stage), 0.0)
-        if each:
+        each = sum(rate.seconds for _, rate in pace.image(node.stage, node.config, data, here.device(node.stage, node.config.resources)))
+        if each and node.stage != "reference":  # which evaluate's networks look at
             found.setdefault(node.stage, set()).add(1.0 / each)
     return {stage: sorted(values) for stage, values in found.items()}
 
@@ -525,18 +516,6 @@ def _counted(nodes: dict[str, Node], todo: dict[str, Node]) -> dict[str, dict[st
     }  # fmt: skip
 
 
-def _bytes(listed: list[Trial], todo: dict[str, Node], data: estimate.Data, assumed: list[str]) -> dict[str, float]:
-    found = {"datasets": 0.0, "checkpoints": 0.0, "models": 0.0, "images": 0.0}
-    for node in todo.values():
-        if node.stage not in ("attach", "train", "sample"):
-            continue
-        spec = estimate.transformer_spec(node.config, data.classes, assumed)
-        sizes = estimate.sizes(node.config, spec, _images(node, data.images, 0), data, assumed)
-        if node.stage == "attach":
-            found["datasets"] += 2 * sizes["dataset"]["total"]  # once more in the one that all of a kind are taken from
-        elif node.stage == "train":
-            found["checkpoints"] += sizes["checkpoints"]
-            found["models"] += sizes["model"]
-        elif node.config.sample.keep != "none":
-            found["images"] += node.config.sample.num_images * sizes["an_image"]["pixels"]
-    return found
+def _bytes(todo: dict[str, Node], data: estimate.Data) -> dict[str, float]:
+    found = forecasts.leaves((node, data) for node in todo.values())
+    return {**found, "datasets": 2 * found["datasets"]}  # once more in the one that all of a kind are taken from

@@ -21,7 +21,7 @@ from test_score import Chaos, no_ray_is_left, teacher_folder  # noqa: F401 - a f
 
 from d2c_ray import pipeline
 from d2c_ray import plan as plans
-from d2c_ray.config import Config, ResourcesConfig, load, to_yaml
+from d2c_ray.config import Config, ResourcesConfig, load, pools, to_yaml
 from d2c_ray.data import tables
 from d2c_ray.data.decode import decode
 from d2c_ray.data.verify import check
@@ -134,10 +134,17 @@ def test_stored_is_what_the_encoders_say_of_the_stored_image(whole: tuple[Config
 
 def test_encoders_apart_and_more_actors_give_the_same_bytes(whole, again, local_ray: None) -> None:
     config, folder = again("resources.encoders_apart=true", "resources.actors=2")
-    assert attach.pools(config) == 3
+    assert pools(config) == 3
     attached(config)
     assert content(folder) == content(whole[1])
     assert len(content(folder)) == 8 + 4, "parts; classes, selection, rows, rejected"
+
+
+def test_a_cluster_at_hand_is_described_as_a_run_would_use_it(local_ray: None) -> None:
+    """Six logical CPUs, two of them for light work."""
+    found = cluster.at_hand()
+    assert (found.gpus, found.gpu, found.cpus, found.how) == (0, "", 4, "at hand")
+    assert found.places(ResourcesConfig()) == cluster.places(ResourcesConfig()) == 4
 
 
 def test_too_coarse_for_int8_makes_the_whole_table_bf16(again, local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:

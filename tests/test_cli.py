@@ -48,6 +48,9 @@ def test_examples_of_the_help_load(command: str) -> None:
     if command == "compare":
         load(ROOT / rest[0])
         rest = rest[1:]
+    if command == "plan":
+        assert rest[-2:] == ["--gpus", "8xH100"]
+        rest = rest[:-2]
     if command == "verify":
         assert rest == ["--images", "0"]
         rest = []

@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import DEBUG, ROOT
 
-from d2c_ray import cli, estimate, pipeline
+from d2c_ray import cli, estimate, forecast, hardware, pipeline, rates
+from d2c_ray import plan as plans
 from d2c_ray.config import Config, VisionConfig, arm_configs, load
 from d2c_ray.errors import UserError
 from d2c_ray.estimate import Data
 from d2c_ray.models.transformer import Transformer, TransformerSpec
 from d2c_ray.report import estimate as printed
+from d2c_ray.rundir import write_json
 
 IMAGENET = Data(1_281_167, 1000)
 # Budget, k, batch, steps, depth and width: the paper's tables 1 to 3; XL at 100K and DiT-XL are not in it, and said so.
@@ -50,12 +52,12 @@ def test_presets_are_the_papers_rows(name: str) -> None:
     assert (config.sample.num_images, config.sample.steps, config.sample.guidance, config.sample.weights) == (50_000, 250, 1.5, "ema")
     assert (config.attach.text.encoder, config.attach.text.tokens, config.attach.vision.encoder) == ("google/flan-t5-xl", 16, "dinov2-b")
     assert config.vae.path == config.teacher.checkpoint == f"facebook/DiT-XL-2-{size}"
-    found = printed.collect(config)
+    found = forecast.collect(config)
     student = found["students"]["student"]
     assert (student["images"], student["of"], student["steps"]) == (images, 1_281_167, steps)
     assert (student["model"]["depth"], student["model"]["width"]) == (depth, width)
-    assert found["stages"] == [] and "data.path" in found["no_stages"]
-    assert any(line.startswith("  assumed: facebook/DiT-XL-2-") for line in printed.lines(found))
+    assert not any(stage["folder"] or stage["done"] for stage in found["stages"]) and "data.path" in found["no_stages"]
+    assert any(line.startswith("assumed: facebook/DiT-XL-2-") for line in printed.lines(found))
 
 
 @pytest.mark.parametrize(
@@ -97,22 +99,32 @@ def test_full_data_stored_and_encoded_while_training() -> None:
     both = estimate.student(imagenet(*full, "vae.encode=training"), IMAGENET)
     assert both["bytes"]["dataset"]["total"] == 1_281_167 * 196_608 and both["bytes"]["cache"] == 1_281_167 * (196_608 + 16)
     assert both["in_training"] == ["latent", "vision"]
-    text = "\n".join(printed.lines(printed.collect(imagenet("select.selector=all"))))
+    text = "\n".join(printed.lines(forecast.collect(imagenet("select.selector=all"))))
     assert "1.008 TB in bf16 (503.8 GB a flip)" in text and "251.9 GB of pixels" in text
     plain = estimate.student(imagenet(*full, "train.align_weight=0"), IMAGENET)["bytes"]
     assert plain["cache"] == 1_281_167 * (32_768 + 16), "pixels that nothing encodes are not opened"
 
 
+H100 = hardware.Device("NVIDIA H100 80GB HBM3", True)
+
+
+def seconds(config: Config, mfu: float | None = 0.5, entries: list[dict] | None = None) -> dict[str, float]:
+    """Of an image of training on an H100, by piece."""
+    return {what: rate.seconds for what, rate in rates.Rates(entries or [], mfu).image("train", config, IMAGENET, H100)}
+
+
 def test_flops_and_hours_by_hand() -> None:
     config = imagenet("attach.text.encoder=none", "attach.vision.encoder=none", "vae.encode=training")
-    found = estimate.student(config, IMAGENET, estimate.gpu("NVIDIA H100 80GB HBM3", "bf16", 0.5))
+    found = estimate.student(config, IMAGENET)
     model = 6 * found["model"]["macs_forward"] * 12_800_000
     assert found["compute"]["model"] == model
     vae = 2 * 136.36e9 * 12_800_000  # counted by torch on Stable Diffusion's encoder at 256 px
     assert found["compute"]["encoders"]["facebook/DiT-XL-2-256"] == pytest.approx(vae, rel=1e-4)
-    assert found["compute"]["assumed"]["hours"] == pytest.approx(
-        (model / 989.4e12 + vae / 66.9e12) / 0.5 / 3600, rel=1e-4
-    )  # the VAE in fp32
+    each = {what: value * 12_800_000 for what, value in seconds(config).items()}
+    assert each == {
+        "train": pytest.approx(model / 989.4e12 / 0.5),
+        "encode": pytest.approx(vae / 66.9e12 / 0.5, rel=1e-4),
+    }  # the VAE in fp32
     recomputed = estimate.student(imagenet("resources.recompute=true"), IMAGENET)["compute"]
     assert recomputed["model"] * 3 == estimate.student(imagenet(), IMAGENET)["compute"]["model"] * 4
     half = estimate.student(imagenet("train.align_until=6400000", "attach.vision.encode=training"), IMAGENET)["compute"]
@@ -127,11 +139,13 @@ def test_flops_and_hours_by_hand() -> None:
 def test_a_model_that_is_not_trained_costs_nothing() -> None:
     """Sampled and measured as it starts, with encoders that would run while training."""
     config = imagenet("train.num_images=0", "train.start=SiT-L-2-256.pt", "vae.encode=training", "attach.vision.encode=training")
-    found = printed.collect(config, gpu="H100")
+    found = forecast.collect(config, forecast.Asked(hardware.described("H100")))
     (student,) = found["students"].values()
-    assert (student["steps"], student["compute"]["total"], student["compute"]["assumed"]["hours"]) == (0, 0, 0)
+    assert (student["steps"], student["compute"]["total"], seconds(config)) == (0, 0, {})
+    (train,) = [row for row in found["stages"] if row["stage"] == "train"]
+    assert [part["what"] for part in train["parts"]] == ["starting"] and "train" not in found["memory"]
     text = "\n".join(printed.lines(found))
-    assert "training: 0 FLOPs" in text and "0.0 GPU-hours" in text and "% of it " not in text
+    assert "training: 0 FLOPs" in text and "% of it " not in text
 
 
 def test_weights_moments_and_checkpoints_are_exact(tmp_path: Path) -> None:
@@ -191,11 +205,11 @@ def test_recompute_keeps_the_inputs_of_blocks_and_one_block() -> None:
 
 def test_with_the_data_at_hand_it_names_the_stages(debug_config) -> None:
     config = debug_config("arms.Full={select: {selector: all}}", "arms.D2C={}")
-    before = printed.collect(config)
+    before = forecast.collect(config)
     assert not any(stage["done"] for stage in before["stages"])
     assert not (Path(config.run.dir) / config.run.name).exists(), "nothing was written"
     pipeline.run(config, "manifest", say=lambda text: None)
-    found = printed.collect(config)
+    found = forecast.collect(config)
     assert [stage["stage"] for stage in found["stages"] if stage["done"]] == ["manifest"]
     assert {stage["stage"] for stage in found["stages"]} >= {"teacher", "score", "select", "attach", "train", "evaluate"}
     assert (found["students"]["Full"]["images"], found["students"]["D2C"]["images"], found["students"]["D2C"]["of"]) == (120, 40, 120)
@@ -204,38 +218,190 @@ def test_with_the_data_at_hand_it_names_the_stages(debug_config) -> None:
 
 def test_encoders_are_charged_at_the_peak_of_their_own_precision() -> None:
     """An hour of a device in fp32 computes what minutes of it do in bf16."""
-    own = load(ROOT / "configs" / "imagenet256_sit_l_10k.yaml", ["select.selector=all", "attach.vision.encode=training"])
-    gpu = estimate.gpu("H100", "bf16", 0.5)
-    found = estimate.student(own, estimate.Data(*estimate.IMAGENET), gpu)["compute"]
-    in_bf16, in_fp32 = (0.5 * 3600 * estimate.gpu("H100", precision, 0.5).peak for precision in ("bf16", "fp32"))
-    assert in_bf16 / in_fp32 > 10
-    assert found["assumed"]["hours"] == pytest.approx(found["model"] / in_bf16 + found["encoders"]["dinov2-b"] / in_fp32)
+    config = imagenet("select.selector=all", "attach.vision.encode=training")
+    found = estimate.student(config, IMAGENET)["compute"]
+    each = {what: value * 12_800_000 for what, value in seconds(config).items()}
+    assert each == {
+        "train": pytest.approx(found["model"] / 0.5 / 989.4e12),
+        "vision": pytest.approx(found["encoders"]["dinov2-b"] / 0.5 / 66.9e12),
+    }
 
 
 def test_the_largest_share_of_uneven_workers_is_counted() -> None:
     own = load(ROOT / "configs" / "imagenet256_sit_l_10k.yaml", ["resources.train_workers=3"])  # 8 blocks of 16: 2, 3 and 3
-    assert estimate.student(own, estimate.Data(*estimate.IMAGENET), None)["memory"]["micro_batch"] == 48
+    assert estimate.student(own, IMAGENET)["memory"]["micro_batch"] == 48
 
 
 def test_the_command_prints_numbers_or_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    for args in (["--json"], ["--gpu", "A100", "--mfu", "0.3"]):
+    large = [str(ROOT / "configs" / "imagenet256_sit_l_10k.yaml"), "--gpus", "A100", "--mfu", "0.3", "--price", "2"]
+    for args in ([str(DEBUG), "data.source=folder", "select.budget=0.01", "--json"], large):
         with pytest.raises(SystemExit) as ended:
-            cli.main(["plan", str(DEBUG), "data.source=folder", "select.budget=0.01", *args])
+            cli.main(["plan", *args])
         assert not ended.value.code
     as_json, text = capsys.readouterr().out.split("\nstudent\n")
     assert json.loads(as_json)["students"]["student"]["images"] == 120  # of the 12 a class that the file allows, of 1,000 classes
-    assert "on A100, assumed to use 30% of its 19.5 TFLOP/s in fp32" in text
-    for wrong, words in ((("--gpu", "Abacus"), "--gpu Abacus"), (("--mfu", "7", "--gpu", "H100"), "--mfu 7")):
+    assert (
+        "assumed: 30% of A100's 312.0 TFLOP/s in bf16" in text
+        and "price: " in text
+        and "stages, on 1 x A100 and 8 CPU cores (described)" in text
+    )
+    for wrong, words in (
+        (("--gpus", "Abacus"), "--gpus Abacus: no peak in fp32 is known of it, and d2c bench measured nothing on one"),
+        (("--mfu", "7", "--gpus", "H100"), "--mfu 7"), (("--gpus", "2xH100,8xL4"), "a number of GPUs of one kind"), (("--gpus", "0xH100"), "a number of GPUs"),
+        (("--cpus", "4", "--price", "1"), "--price 1 is of a GPU-hour"), (("--address", "auto", "--gpus", "H100"), "one of the two would do"),
+    ):  # fmt: skip
         with pytest.raises(SystemExit):
             cli.main(["plan", str(DEBUG), *wrong])
         assert words in capsys.readouterr().err
     with pytest.raises(UserError, match="asks for 5000 images; there are 400"):
-        printed.collect(load(DEBUG, ["data.source=folder", "select.budget=5000"]), images=400)
+        forecast.collect(load(DEBUG, ["data.source=folder", "select.budget=5000"]), forecast.Asked(images=400))
 
 
 def test_arms_of_the_paper_preset_on_all_images() -> None:
     config = load(ROOT / "configs" / "cifar10_paper.yaml")
     assert arm_configs(config)["Full"].select.selector == "all"
-    found = printed.collect(config, images=50_000)["students"]
+    found = forecast.collect(config, forecast.Asked(images=50_000))["students"]
     assert (found["Full"]["images"], found["D2C"]["images"]) == (50_000, 1000)
     assert found["Full"]["shown"] == found["D2C"]["shown"], "at equal training"
+
+
+# Stages on a cluster
+
+
+def row(found: dict, stage: str) -> dict:
+    (only,) = [one for one in found["stages"] if one["stage"] == stage]
+    return only
+
+
+def test_every_stage_by_hand() -> None:
+    """A SiT-L/2 on 8 H100 at half their peak: FLOPs from the published GMACs, paces from the table."""
+    config = imagenet(
+        "attach.text.encoder=none",
+        "attach.vision.encoder=none",
+        "train.align_weight=0",
+        "resources.train_workers=8",
+        "teacher.checkpoint=DiT-XL-2-256x256.pt",
+    )
+    found = forecast.collect(config, forecast.Asked(hardware.described("8xH100", 200), mfu=0.5, price=3.0))
+    assert [one["stage"] for one in found["stages"]] == [
+        "manifest",
+        "teacher",
+        "score",
+        "select",
+        "attach",
+        "train",
+        "sample",
+        "reference",
+        "evaluate",
+    ]
+    parts = {one["stage"]: {part["what"]: part["seconds"] for part in one["parts"]} for one in found["stages"]}
+    bf16, fp32, import_sec = 0.5 * 989.4e12, 0.5 * 66.9e12, 17 / 2.5
+    student = found["students"]["student"]["model"]["macs_forward"]
+    assert student == pytest.approx(80.71e9, rel=2e-3)
+    assert parts["train"] == {"starting": pytest.approx(3 * import_sec), "train": pytest.approx(12_800_000 * 6 * student / bf16 / 8)}
+    assert row(found, "train")["gpu_hours"] == pytest.approx(8 * sum(parts["train"].values()) / 3600)
+    share = row(found, "score")["places"]
+    levels = config.score.num_timesteps
+    at = {"bf16": bf16, "fp32": fp32}[config.score.precision]
+    assert parts["score"]["forward"] == pytest.approx(1_281_167 * levels * 2 * 118.64e9 / at / share, rel=2e-3)
+    assert parts["score"]["encode"] == pytest.approx(1_281_167 * 2 * 136.36e9 / fp32 / share, rel=1e-3)
+    assert parts["attach"]["encode"] == pytest.approx(2 * 10_000 * 2 * 136.36e9 / fp32 / row(found, "attach")["places"], rel=1e-3), (
+        "both flips"
+    )
+    steps = 250 * 2 * 2 * student / fp32 + 2 * (4_730_528 * 65536 + 65536**2 / 4) / fp32  # guided: two forwards a step; the VAE's decoder
+    assert parts["sample"]["sample"] + parts["sample"]["decode"] == pytest.approx(50_000 * steps / row(found, "sample")["places"], rel=1e-3)
+    assert parts["manifest"]["listing"] == pytest.approx(64.06, abs=0.01)
+    total = found["total"]
+    assert total["rented_gpu_hours"] == pytest.approx(8 * total["seconds"] / 3600) and total["price"] == pytest.approx(
+        3 * total["rented_gpu_hours"]
+    )
+    assert {row(found, stage)["source"] for stage in ("score", "train", "sample")} == {"assumed"}
+    assert (row(found, "train")["said"], row(found, "select")["source"]) == ("50% of H100's 989.4 TFLOP/s in bf16", "published")
+    assert found["source_bytes"] == {"bytes": pytest.approx(147_897_477_120), "source": "published", "said": "ImageNet's training set"}
+    by_name = forecast.collect(config, forecast.Asked(hardware.described("A100")))
+    assert row(by_name, "train")["source"] == "published" and "fast-DiT's README" in row(by_name, "train")["said"]
+
+
+def test_stages_run_side_by_side_as_a_run_starts_them() -> None:
+    """A training waits for its dataset alone; what could start together shares the places that are left."""
+    config = load(ROOT / "configs" / "quickstart.yaml", ["resources.actors=4"])
+    nodes = forecast.every_node(forecast.Resolved.of(config), None)
+    assert [(node.stage, node.arms) for node in nodes if node.stage in ("score", "select", "train")] == [
+        ("score", ["D2C", "Random+Attach"]), ("select", ["D2C"]), ("select", ["Random+Attach"]), ("train", ["D2C"]), ("train", ["Random+Attach"]),
+    ]  # fmt: skip
+    took = {
+        "manifest": 1.0,
+        "teacher": 10.0,
+        "reference": 5.0,
+        "score": 4.0,
+        "select": 1.0,
+        "attach": 2.0,
+        "train": 20.0,
+        "sample": 3.0,
+        "evaluate": 2.0,
+    }
+    shares, total = forecast.schedule(nodes, lambda node, share: took[node.stage], 4)
+    assert total == 1 + 10 + 4 + 1 + 2 + 20 + 3 + 2
+    each = {node.stage: shares[node.name] for node in nodes}
+    assert (each["teacher"], each["reference"], each["score"], each["train"], each["sample"]) == (1, 3, 4, 1, 2)
+
+
+def fits(*overrides: str, **asked: float) -> tuple[list[dict], list[str]]:
+    found = forecast.collect(
+        load(ROOT / "configs" / "imagenet256_sit_xl_50k.yaml", overrides), forecast.Asked(hardware.described("8xL4"), **asked)
+    )
+    return found["problems"], printed.lines(found)
+
+
+def test_what_does_not_fit_is_said_and_what_is_proposed_fits() -> None:
+    """Proposals are taken one after the other until nothing is left: they are what a user would do."""
+    taken = ["resources.train_workers=16", "train.keep_every=4608000", "resources.actors=9"]
+    left, lines = fits(*taken, disk=100e9, cache=15e9)
+    assert [problem["what"] for problem in left] == [
+        "resources.train_workers=16", "resources.actors=9", "the memory of a training step", "the run folder", "a node's copy to train from",
+    ]  # fmt: skip
+    assert any(
+        line.startswith("does not fit: resources.train_workers=16 wants 16 GPUs; 8 there are: resources.train_workers=8 would do")
+        for line in lines
+    )
+    for _ in range(9):
+        if not left:
+            break
+        assert left[0]["would"], left[0]
+        taken += left[0]["would"]
+        left, _ = fits(*taken, disk=100e9, cache=15e9)
+    assert not left, taken
+    assert "resources.train_workers=8" in taken and "train.keep_every=0" in taken and "attach.vision.encode=training" in taken
+    assert any(change.startswith("resources.micro_batch=") for change in taken), "16 GB of state leave little of an L4's 24 GB"
+
+
+def test_what_nothing_makes_fit_is_said() -> None:
+    """A T4 holds no XL: state alone takes 14.5 GB."""
+    config = load(ROOT / "configs" / "imagenet256_sit_xl_50k.yaml", ["train.precision=fp32"])
+    found = forecast.collect(config, forecast.Asked(hardware.described("T4"), disk=1e9))
+    memory, disk = found["problems"]
+    state = 20 * found["students"]["student"]["model"]["parameters"]
+    assert (
+        memory["has"] == 0.9 * 16e9 and memory["wants"] > state and not memory["would"] and memory["else_would"].startswith("a device of ")
+    )
+    assert not disk["would"] and disk["else_would"].startswith("a disk with ")
+    (memory,) = forecast.collect(config, forecast.Asked(hardware.described("A100-80GB")))["problems"]
+    assert memory["has"] == 0.9 * 80e9 and memory["would"] == ["resources.micro_batch=64"], "a name may say its memory"
+
+
+def test_what_was_planned_is_kept_once_a_stage_has_begun(debug_config) -> None:
+    """Whatever is known later, or on another cluster: a plan that is changed afterwards would be no plan."""
+    config = debug_config()
+    plan = plans.make(config)
+    nodes = [node for node in plan.nodes if node.stage != "manifest"]
+    train, score = plan.of("train")[0], plan.of("score")[0]
+    score.folder.mkdir(parents=True)  # begun by an older version, which kept nothing
+    cores = hardware.Cluster(0, "", 2, "a core", hardware.AT_HAND)
+    first = forecast.planned(plan, nodes, cores, 2)
+    assert set(first) == {node.name for node in nodes} - {score.name}
+    assert first[train.name]["source"] == "published" and first[train.name]["images"] == 512
+    write_json(plan.folder / "plan.json", {"planned": first})
+    train.folder.mkdir()
+    later = forecast.planned(plan, nodes, hardware.Cluster(8, "H100", 64, "a core", hardware.AT_HAND), 8)
+    assert later[train.name] == first[train.name] and score.name not in later
+    assert later[plan.of("sample")[0].name]["device"] == "H100"

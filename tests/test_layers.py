@@ -10,10 +10,10 @@ from conftest import ROOT
 PACKAGE = ROOT / "d2c_ray"
 LAYERS = {
     0: ("config", "schema", "seeding", "errors"),
-    1: ("models", "diffusion", "selection", "training", "evaluate", "data.decode"),
-    2: ("rundir", "plan", "trials", "rates", "tracking", "estimate", "progress", "rejects", "job", "report", "data"),
+    1: ("models", "diffusion", "selection", "training", "evaluate", "data.decode", "hardware"),
+    2: ("rundir", "plan", "trials", "rates", "bench", "tracking", "estimate", "progress", "rejects", "job", "report", "data"),
     3: ("distributed",),
-    4: ("stages", "pipeline", "sweep"),
+    4: ("stages", "pipeline", "sweep", "forecast"),
     5: ("cli",),
 }
 
@@ -80,6 +80,6 @@ def test_the_training_core_runs_without_ray() -> None:
     """The models, the loop, scoring and evaluation import on a machine where Ray is not installed."""
     code = (
         "import sys; sys.modules['ray'] = None\n"
-        "import d2c_ray.training.loop, d2c_ray.selection.difficulty, d2c_ray.evaluate.measures, d2c_ray.evaluate.sampling, d2c_ray.data.condensed, d2c_ray.plan"
+        "import d2c_ray.training.loop, d2c_ray.selection.difficulty, d2c_ray.evaluate.measures, d2c_ray.evaluate.sampling, d2c_ray.data.condensed, d2c_ray.plan, d2c_ray.bench"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

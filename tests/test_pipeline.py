@@ -18,12 +18,13 @@ import pytest
 import torch
 from conftest import DEBUG, ROOT
 
-from d2c_ray import pipeline, schema
+from d2c_ray import forecast, pipeline, schema
 from d2c_ray.config import load
 from d2c_ray.data import tables
 from d2c_ray.data.decode import decode
 from d2c_ray.errors import UserError
 from d2c_ray.models import weights
+from d2c_ray.report import estimate as printed
 from d2c_ray.report import numbers
 from d2c_ray.selection import difficulty
 
@@ -212,6 +213,23 @@ def test_the_report_is_one_page_with_the_measured_numbers(finished: tuple[Path, 
     assert "decides nothing" in page
     assert "decides nothing" in " ".join(out.split())
     assert str(folder / "report.html") in out
+
+
+def test_planned_stands_beside_actual(finished: tuple[Path, str]) -> None:
+    """What was expected of every stage before it began is kept, and shown by the report and by a plan of the finished run."""
+    folder, _ = finished
+    planned = json.loads((folder / "plan.json").read_text())["planned"]
+    stages = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/_SUCCESS.json")}
+    assert {name for name, record in stages.items() if record["stage"] != "manifest"} == set(planned), "the manifest is there before Ray is"
+    page = (folder / "report.html").read_text()
+    assert page.count("<th>planned</th>") == 2
+    for name, own in planned.items():
+        assert own["seconds"] > 0 and own["source"] in ("published", "measured here") and f"<td>{own['seconds']:.1f}</td>" in page
+        assert own["made"] <= stages[name]["finished"]
+    found = forecast.collect(load(DEBUG, [f"run.dir={folder.parent}", UNGUIDED, *ARMS]))
+    assert {row["folder"]: row["planned"] for row in found["stages"] if row["planned"]} == {name: own["seconds"] for name, own in planned.items()}
+    assert {row["folder"]: row["actual"] for row in found["stages"]} == {name: record["seconds"] for name, record in stages.items()}
+    assert found["total"]["seconds"] == 0.0 and "took" in "\n".join(printed.lines(found))
 
 
 def test_running_again_redoes_nothing_and_starts_no_ray(finished: tuple[Path, str]) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from d2c_ray.config import Config, TextConfig, VisionConfig, encoder_key, in_training
+from d2c_ray.config import Config, TextConfig, VisionConfig, encoder_key
 from d2c_ray.data import tables, units
 from d2c_ray.data.attached import FAITHFUL
 from d2c_ray.distributed.actors import Attacher, Busy
@@ -111,12 +111,6 @@ def _there(part: Path) -> dict[str, Any] | None:
 def _fits(facts: dict[str, Any], int8: dict[str, bool]) -> bool:
     """Whether a part is stored as the table is."""
     return facts["storage"] == {column: "int8" if small else "bf16" for column, small in int8.items()}
-
-
-def pools(config: Config) -> int:
-    """Actor pools that attaching takes, one behind the other."""
-    encoders = len(config.attach.encoders()) + bool(config.vae.path) - len(in_training(config))
-    return max(1, encoders) if config.resources.encoders_apart else 1
 
 
 def _chain(config: Config, encoders: list[str], arguments: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import ray
 
 from d2c_ray.config import ResourcesConfig
 from d2c_ray.errors import UserError
+from d2c_ray.hardware import AT_HAND, Cluster, cores, cpu_name
 
 LIGHT_CPUS = 2  # logical CPUs of a local Ray beyond the cores: decode tasks and drivers next to busy actors
 
@@ -98,9 +99,10 @@ def disconnect() -> None:
     ray.shutdown()
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def at_hand() -> Cluster:
+    """What the connected Ray has, as plans describe it; its cores are taken to be like the driver's."""
+    total = int(ray.cluster_resources().get("CPU", 1))
+    return Cluster(total_gpus(), gpu_name(), max(1, total - LIGHT_CPUS), cpu_name(), AT_HAND)
 
 
 def total_gpus() -> int:

@@ -1,73 +1,116 @@
-"""What `d2c plan` prints: the numbers of `d2c_ray.estimate` for every student, and which stages are there already."""
+"""What `d2c plan` prints of the numbers of `d2c_ray.forecast`."""
 
 from typing import Any
 
-import numpy as np
-
-from d2c_ray import estimate
-from d2c_ray import plan as plans
-from d2c_ray.config import Config, arm_configs
-from d2c_ray.data import tables
-from d2c_ray.errors import UserError
-from d2c_ray.models import offline
-from d2c_ray.plan import Plan
-
-
-def collect(config: Config, gpu: str = "", mfu: float = 0.4, images: int = 0) -> dict[str, Any]:
-    """The numbers of every student. Nothing is run, fetched or written; without the data, its size is assumed and said.
-
-    Args:
-        gpu: name of a device for the hours; empty: none are given.
-        mfu: share of its peak that training is assumed to use.
-        images: of the source, where it is not at hand; 0: as known or assumed.
-
-    Raises:
-        UserError: a device that is not known, or a budget that does not fit.
-    """
-    plan, why = _plan(config)
-    facts, image_bytes = _manifest(plan) if plan else (None, None)
-    students = {}
-    for arm, own in arm_configs(config).items():
-        data, assumed = estimate.known(images, own, facts, image_bytes)
-        found = estimate.student(own, data, estimate.of_gpus(own, gpu, mfu) if gpu else None)
-        if found["images"] > data.images:
-            raise UserError(f"select.budget asks for {found['images']} images; there are {data.images}.")
-        students[arm] = {**found, "assumed": [*assumed, *found["assumed"]]}
-    stages = [{"stage": node.stage, "folder": node.name, "arms": node.arms, "done": node.dir.done} for node in (plan.nodes if plan else [])]
-    return {"name": config.run.name, "students": students, "stages": stages, "no_stages": why}
-
-
-def _plan(config: Config) -> tuple[Plan | None, str]:
-    """The run's plan, as far as data and weights are at hand; or why there is none."""
-    if not config.data.path and config.data.source != "digits":
-        return None, "data.path is not given"
-    try:
-        with offline.only_local():
-            return plans.make(config, "manifest"), ""
-    except UserError as error:
-        return None, str(error)
-
-
-def _manifest(plan: Plan) -> tuple[dict[str, Any] | None, float | None]:
-    """What the manifest says where it is finished, and the mean bytes of an image where it knows them."""
-    (node,) = plan.of("manifest")
-    if not node.dir.done:
-        return None, None
-    lengths = tables.read(node.dir.parts(), ["length"]).column("length").to_numpy()
-    known = len(lengths) and (lengths >= 0).all()
-    return node.dir.success()["facts"], float(np.mean(lengths)) if known else None
+from d2c_ray.progress import clock
+from d2c_ray.report import numbers
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The same in words, a line each."""
+    """What a plan says, a line each."""
     out = []
     for arm, student in found["students"].items():
         out += [f"{arm}", *(f"  {line}" for line in _student(student)), ""]
-    if found["stages"]:
-        out.append("stages")
-        out += [f"  {'there ' if stage['done'] else 'to run'}  {stage['folder']} ({', '.join(stage['arms'])})" for stage in found["stages"]]
-    else:
-        out.append(f"stages: not known yet, {found['no_stages']}")
+    out += [f"stages, on {found['cluster']['title']}"]
+    if found["no_stages"]:
+        out.append(f"  which of them are there already is not known yet: {found['no_stages']}")
+    out += [
+        *(f"  {line}" for line in _stages(found["stages"])),
+        *(f"  {line}" for line in _sources(found["stages"])),
+        *_total(found["total"]),
+    ]
+    out += [found["idle"]] * bool(found["idle"]) + [""]
+    out += [*_bytes_left(found), *_memory(found["memory"]), "", *_problems(found["problems"])]
+    assumed = dict.fromkeys(what for student in found["students"].values() for what in student["assumed"])
+    return out + [f"assumed: {what}" for what in assumed]
+
+
+def _stages(rows: list[dict[str, Any]]) -> list[str]:
+    """A row a stage: whether it is there, on what it runs, and how long, planned or, of one that is there, planned beside actual."""
+    head = ["stage", "", "images", "places", "time", "GPU-hours", "by"]
+    if any(row["done"] for row in rows):
+        head = [*head[:4], "planned", "took", *head[5:]]
+    if any(row["folder"] for row in rows):
+        head.append("folder")
+    body = []
+    for row in rows:
+        name = f"{row['stage']} ({', '.join(row['arms'])})" if len({arm for one in rows for arm in one["arms"]}) > 1 else row["stage"]
+        line = [name, "there" if row["done"] else "to run", f"{row['images']:,}", str(row["places"] or "")]
+        planned = ("-" if row["planned"] is None else _time(row["planned"])) if row["done"] else _time(row["seconds"])
+        times = [planned, _time(row["actual"]) if row["done"] else ""] if "took" in head else [planned]
+        more = [f"{row['gpu_hours']:,.2f}" if row.get("gpu_hours") else "", row.get("source", ""), row["folder"]]
+        body.append([*line, *times, *more][: len(head)])
+    return numbers.grid(head, body)
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "not known"
+    return f"{seconds:,.1f} s" if seconds < 100 else clock(seconds)
+
+
+def _sources(rows: list[dict[str, Any]]) -> list[str]:
+    """Where the paces are from, each once, of what takes a tenth of a stage or more, or is not known."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for part in row.get("parts", ()):
+            if part["source"] == "not known" or part["seconds"] >= 0.1 * (row["seconds"] or 0.0) > 0:
+                found.setdefault(f"{part['source']}: {part['said']}", []).append(f"{row['stage']}'s {part['what']}")
+    return [f"{said} ({', '.join(dict.fromkeys(what))})" for said, what in found.items()]
+
+
+def _total(total: dict[str, Any]) -> list[str]:
+    out = []
+    if total["seconds"] is None:
+        out.append(f"in all: not known, for want of {', '.join(dict.fromkeys(total['not_known']))}")
+    elif total["seconds"]:
+        hours = f"{total['seconds'] / 3600:,.2f} hours ({clock(total['seconds'])}) from the first stage to the last that is to run"
+        busy = (
+            f"; {total['gpu_hours']:,.2f} GPU-hours of work, {total['rented_gpu_hours']:,.2f} with those that GPUs wait"
+            if total["gpus"]
+            else ""
+        )
+        out.append(f"in all: {hours}{busy}")
+    if total["actual_seconds"] is not None:
+        planned = _time(total["planned_seconds"]) if total["planned_seconds"] is not None else "not planned"
+        out.append(f"what is there: planned {planned}, took {_time(total['actual_seconds'])}, all stages together")
+    if total.get("price") is not None:
+        out.append(
+            f"price: {total['price']:,.2f}, at {total['price_an_hour']:g} a GPU-hour for {total['gpus']} GPUs from the first stage to the last"
+        )
+    return out
+
+
+def _bytes_left(found: dict[str, Any]) -> list[str]:
+    source, left = found["source_bytes"], found["leaves"]
+    said = (
+        f"{_bytes(source['bytes'])} ({source['source']}: {source['said']})"
+        if source["bytes"] is not None
+        else f"not known ({source['said']})"
+    )
+    parts = ", ".join(f"{name} {_bytes(value)}" for name, value in left.items() if value)
+    return [f"bytes: source {said}", f"  left in the run folder: {_bytes(sum(left.values()))}{f' ({parts})' if parts else ''}"]
+
+
+WORDS = {"train": "a training step", "teacher": "a step of the teacher's training", "score": "scoring", "attach": "encoding with the VAE", "sample": "sampling", "decode": "decoding with the VAE"}  # fmt: skip
+
+
+def _memory(memory: dict[str, dict[str, Any]]) -> list[str]:
+    if not memory:
+        return []
+    largest = max(memory, key=lambda what: memory[what]["bytes"])
+    each = [f"{WORDS[what]} {_bytes(size['bytes'])} ({size['knob']}={size['value']}, {size['source']})" for what, size in memory.items()]
+    return [f"memory of the largest step: {_bytes(memory[largest]['bytes'])}, {WORDS[largest]}", f"  {'; '.join(each)}"]
+
+
+def _problems(problems: list[dict[str, Any]]) -> list[str]:
+    out = []
+    for problem in problems:
+        wants, has = (_bytes(value) if isinstance(value, float | int) else value for value in (problem["wants"], problem["has"]))
+        would = (
+            f"{' '.join(problem['would'])} would do" if problem["would"] else f"{problem['else_would'] or 'nothing known here'} would do"
+        )
+        out.append(f"does not fit: {problem['what']} wants {wants}; {has} {problem['where'] or 'there are'}: {would}")
     return out
 
 
@@ -85,11 +128,6 @@ def _student(found: dict[str, Any]) -> list[str]:
         lines.append(f"  {flops / compute['total']:.1%} of it {name}, which encodes while training")
     for name in compute["unknown"]:
         lines.append(f"  and {name}, which encodes while training and whose FLOPs are not known")
-    hours = compute["assumed"]
-    if hours:
-        lines.append(
-            f"  {hours['hours']:,.1f} GPU-hours on {hours['gpu']}, assumed to use {hours['mfu']:.0%} of its {hours['peak'] / 1e12:,.1f} TFLOP/s in {hours['precision']}"
-        )
     lines.append(
         f"memory of a step: {_bytes(memory['total'])}: weights {_bytes(memory['weights'])}, gradients {_bytes(memory['gradients'])}, AdamW {_bytes(memory['moments'])}, "
         f"EMA {_bytes(memory['ema'])}, kept for backward {_bytes(memory['activations'])} at {memory['micro_batch']} images a worker at a time (resources.micro_batch, resources.recompute)"
@@ -108,7 +146,6 @@ def _student(found: dict[str, Any]) -> list[str]:
     lines.append(
         f"checkpoint: {_bytes(size['checkpoint'])}, {_bytes(size['checkpoints'])} for all that are kept; model folder {_bytes(size['model'])}"
     )
-    lines += [f"assumed: {what}" for what in found["assumed"]]
     return lines
 
 

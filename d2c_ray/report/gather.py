@@ -1,6 +1,7 @@
 """What the report shows, read back from a finished run's folders."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from d2c_ray.config import get, to_dict
 from d2c_ray.data import provenance, score_parts, tables, units
 from d2c_ray.data.decode import decode
 from d2c_ray.plan import Node, Plan
+from d2c_ray.rundir import PLAN
 from d2c_ray.selection.baselines import NEEDS_SCORES
 
 # In the order of the bill; 'reference' and 'evaluate' are measuring, not making.
@@ -31,6 +33,7 @@ class Arm:
     chosen: pa.Table
     selector: str
     seconds: dict[str, float | None]  # None: this arm would not have needed the stage
+    planned: dict[str, float | None]  # None: not planned before the stage began
 
     @property
     def total_seconds(self) -> float:
@@ -39,7 +42,7 @@ class Arm:
 
 def arms(plan: Plan) -> list[Arm]:
     """Every arm of a finished plan, in the order of the configuration."""
-    found = []
+    found, planned = [], kept(plan.folder)
     for name, nodes in plan.arms.items():
         selector = nodes["select"].config.select.selector
         free = () if selector in NEEDS_SCORES else ("teacher", "score")
@@ -52,9 +55,17 @@ def arms(plan: Plan) -> list[Arm]:
                 chosen=tables.read(nodes["attach"].folder / provenance.SELECTION),
                 selector=selector,
                 seconds={stage: None if stage in free or stage not in nodes else nodes[stage].dir.success()["seconds"] for stage in BILL},
+                planned={stage: planned.get(node.name, {}).get("seconds") for stage, node in nodes.items()},
             )
         )
     return found
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """What was planned of each stage's folder before it was begun, as plan.json keeps it; nothing of older runs and of sweeps."""
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        return dict(json.loads((folder / PLAN).read_text()).get("planned", {}))
+    return {}
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from d2c_ray.report import compare, contact_sheet, gather, numbers, plots
 from d2c_ray.rundir import versions, write_text
 from d2c_ray.tracking import PREVIEWS
 
-VERSION = 7  # raise it when the page changes
+VERSION = 8  # raise it when the page changes
 MOST_CLASSES = 1000  # of a selection's table that the page shows
 SHOWN_PREVIEWS = 4  # of a training
 SHOWN_PAIRS = 16  # of a student, generated and nearest training image
@@ -71,6 +71,7 @@ def context(plan: Plan) -> dict[str, Any]:
         "equal": equal_rows(arms),
         "equal_words": compare.trained_alike([(arm.name, _images_seen(arm), arm.seconds["train"]) for arm in arms]),
         "bill": bill(arms),
+        "planned": any(value is not None for arm in arms for value in arm.planned.values()),
         "record": arms[0].metrics["record"],
         "differences": gather.differences(plan),
         "histogram": plots.score_histogram(scores, np.maximum(labels, 0), ids, arms, classes) if scored else None,
@@ -279,11 +280,12 @@ def _images_seen(arm: gather.Arm) -> int:
 
 
 def bill(arms: list[gather.Arm]) -> list[dict[str, Any]]:
-    """Seconds a stage for each arm; None where the arm would not have needed it."""
+    """Seconds a stage for each arm, None where the arm would not have needed it; and those planned before it began, None where there are none."""
     return [
         {
             "stage": stage,
             "seconds": [arm.seconds[stage] for arm in arms],
+            "planned": [arm.planned.get(stage) for arm in arms],
             "shared": len({arm.nodes[stage].name for arm in arms if stage in arm.nodes}) < sum(stage in arm.nodes for arm in arms),
         }
         for stage in gather.BILL

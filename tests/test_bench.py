@@ -1,0 +1,165 @@
+"""`d2c bench`: a real one, what plan and a sweep's dry run make of it, and files that are none."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEBUG
+
+from d2c_ray import bench, cli, estimate, forecast, hardware, rates, sweep
+from d2c_ray.config import Config, load
+from d2c_ray.errors import UserError
+from d2c_ray.report import estimate as printed
+
+DIGITS = estimate.Data(120, 10)
+CPU = hardware.Cluster(0, "", 2, "a core", hardware.HERE)
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, str]:
+    """A configuration whose run.dir has a bench.json of this machine, through the command line; and what that printed."""
+    import contextlib
+    import io
+
+    folder, out = tmp_path_factory.mktemp("runs"), io.StringIO()
+    overrides = [f"run.dir={folder}", "resources.actors=1"]
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as ended:
+        cli.main(["bench", str(DEBUG), *overrides])
+    assert not ended.value.code
+    return load(DEBUG, overrides), folder / rates.FILE, out.getvalue()
+
+
+def test_it_measures_all_that_a_run_is_made_of(benched: tuple[Config, Path, str]) -> None:
+    _, file, out = benched
+    entries = json.loads(file.read_text())["entries"]
+    assert sorted(entry["what"] for entry in entries) == sorted(
+        ["start", "read", "train", "train", "forward", "vision", "sample", "network", "comparing"]
+    )
+    for entry in entries:
+        assert entry["seconds"] > 0 and entry["raw"] and entry["versions"]["torch"] and entry["date"] and entry["threads"] == 1
+        assert (entry["device"], entry["gpu"], entry["host_gpu"]) == (hardware.cpu_name(), False, ""), "no GPU here"
+    assert "images trained on: " in out and str(file) in out
+    assert {path.name for path in file.parent.iterdir()} == {rates.FILE}, "nothing else is made"
+
+
+def test_plan_counts_with_what_was_measured_and_says_so(benched: tuple[Config, Path, str]) -> None:
+    config, file, _ = benched
+    found = forecast.collect(config)
+    entry = {entry["shape"]: entry for entry in rates.from_file(file) if entry["what"] == "train"}
+    (train,) = [row for row in found["stages"] if row["stage"] == "train"]
+    (part,) = [part for part in train["parts"] if part["what"] == "train"]
+    (mine,) = [own for shape, own in entry.items() if "text" in shape]
+    assert part["seconds"] == pytest.approx(512 * mine["seconds"]) and part["source"] == rates.MEASURED
+    assert {row["source"] for row in found["stages"]} == {rates.MEASURED}
+    assert f"measured here: {hardware.cpu_name()}" in "\n".join(printed.lines(found))
+    for other in (forecast.Asked(hardware.described("H100")), forecast.Asked(replace(hardware.here(), cpu="another CPU"))):
+        rows = forecast.collect(config, other)["stages"]
+        assert not any(part["source"] == rates.MEASURED for row in rows for part in row["parts"]), "of this machine, and not of others"
+    threads = forecast.collect(load(DEBUG, [f"run.dir={config.run.dir}", "resources.threads=2"]))
+    assert {part["source"] for row in threads["stages"] for part in row["parts"] if part["what"] == "train"} == {rates.PUBLISHED}
+
+
+def test_another_shape_is_counted_by_flops(benched: tuple[Config, Path, str]) -> None:
+    config, _, _ = benched
+    deeper = replace(config, model=replace(config.model, depth=4))
+    known, here = rates.of(config), hardware.here()
+    (_, shallow), (_, deep) = (known.image("train", own, DIGITS, here.device("train", own.resources))[0] for own in (config, deeper))
+    flops = [estimate.pieces("train", own, DIGITS, [])[0].flops for own in (config, deeper)]
+    assert deep.seconds == pytest.approx(shallow.seconds * flops[1] / flops[0]) and deep.source == rates.MEASURED
+    assert "of another shape" in deep.said and "of another shape" not in shallow.said
+
+
+def test_a_sweep_and_a_plan_agree(benched: tuple[Config, Path, str]) -> None:
+    """A sweep of one trial takes what its run would, stage after stage."""
+    config, _, _ = benched
+    one = replace(config, sweep=replace(config.sweep, axes={"select.budget": [40]}, seeds=[0], random_twins=False))
+    dry = sweep.forecast(one)
+    found = forecast.collect(config)
+    rows = {row["stage"]: row for row in found["stages"]}
+    assert rows["manifest"]["done"], "which the dry run has listed"
+    todo = {stage: row["seconds"] for stage, row in rows.items() if stage != "manifest"}
+    own = sum(todo[stage] for stage in ("train", "sample", "evaluate"))
+    assert dry["trial_seconds"] == pytest.approx(own)
+    begun = rates.of(config).start(hardware.here()).seconds * rates.STARTS["attach"]  # attaching to all, and taking from it
+    assert dry["shared_seconds"] == pytest.approx(sum(todo.values()) - own + begun)
+
+
+def test_a_measurement_replaces_its_older_self_and_leaves_others(benched: tuple[Config, Path, str], tmp_path: Path) -> None:
+    _, file, _ = benched
+    entries = rates.from_file(file)
+    older = [{**entry, "seconds": 99.0} for entry in entries[:2]] + [{**entries[0], "device": "elsewhere", "seconds": 7.0}]
+    assert len({bench._name(entry) for entry in [*entries, *older]}) == len(entries) + 1
+    assert bench.merged(older, entries)[0]["seconds"] == 7.0 and len(bench.merged(older, entries)) == len(entries) + 1
+
+
+def test_decoding_is_timed_on_the_images_that_are_at_hand(benched: tuple[Config, Path, str]) -> None:
+    config, _, _ = benched
+    rows = forecast.some_rows(config)  # the sweep above has listed them, or nothing has
+    if rows is None:
+        from d2c_ray import pipeline
+
+        pipeline.run(config, "manifest", say=lambda text: None)
+        rows = forecast.some_rows(config)
+    real, made_up = (bench._reading(config, given, bench.QUICK) for given in (rows, None))
+    assert "made_up" not in real and made_up["made_up"] and real["images"] == 64
+    assert real["seconds"] < made_up["seconds"], "an 8 x 8 PNG is less than a photograph"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"entries": [{"what": "train"}]}', '{"entries": 3}'])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / rates.FILE).write_text(content)
+    with pytest.raises(UserError, match=r"bench.json' is no file of d2c bench"):
+        rates.of(load(DEBUG, [f"run.dir={tmp_path}"]))
+
+
+def test_a_gpu_is_known_by_its_long_name_and_by_its_short_one() -> None:
+    entry = {"what": "train", "shape": "x", "device": "NVIDIA H100 80GB HBM3", "gpu": True, "seconds": 0.5, "date": "2026-11-28", "flops": 10.0, "precision": "bf16", "host_gpu": "NVIDIA H100 80GB HBM3", "threads": 1}  # fmt: skip
+    piece = estimate.Piece("train", "x", 1, 10.0, "bf16")
+    found = rates.Rates([entry])
+    assert found.piece(piece, hardware.Device("H100", True)).seconds == 0.5
+    assert found.piece(piece, hardware.Device("H100 PCIe", True)).source == rates.ASSUMED, "another device"
+    assert found.piece(replace(piece, shape="y", flops=30.0), hardware.Device("H100", True)).seconds == pytest.approx(1.5)
+    assert found.piece(replace(piece, precision="fp32", shape="y"), hardware.Device("H100", True)).source == rates.ASSUMED
+    rate = rates.Rates([]).piece(replace(piece, precision="fp32", flops=8.693e10), hardware.Device("any", False, 2))
+    assert (rate.source, rate.seconds) == (rates.PUBLISHED, pytest.approx(0.5, rel=1e-3)), "0.087 TFLOP/s a core, two threads"
+
+
+def test_actors_that_share_a_gpu_share_its_pace() -> None:
+    half = load(DEBUG, ["resources.gpus_per_actor=0.5"])
+    cluster, known = hardware.described("2xH100"), rates.Rates([])
+    assert cluster.places(half.resources) == 4 and cluster.places(load(DEBUG).resources) == 2
+    each = [known.stage("score", own, DIGITS, cluster, share).parts[1][1] for own, share in ((half, 4), (load(DEBUG), 2))]
+    assert each[0] == pytest.approx(each[1]) and each[0] > 0
+
+
+def test_a_gpu_at_hand_that_nothing_is_known_of_leaves_hours_open() -> None:
+    found = forecast.collect(load(DEBUG), forecast.Asked(hardware.Cluster(1, "Abacus 9", 8, "", hardware.AT_HAND)))
+    assert found["total"]["seconds"] is None and "train" in found["total"]["not_known"]
+    assert "in all: not known, for want of teacher, score" in "\n".join(printed.lines(found))
+
+
+def test_what_is_not_at_hand_is_left_out_and_said(benched: tuple[Config, Path, str]) -> None:
+    """A vision encoder that nobody has: its tokens are not measured, and what else is new is."""
+    overrides = ["attach.vision.encoder=nobody/dinov2-base", "attach.text.encoder=none", "train.align_weight=0", "score.device_batch=32"]
+    config = load(DEBUG, [f"run.dir={benched[0].run.dir}", *overrides])
+    found, missing = bench.measured([("attach", config), ("score", config)], DIGITS, 1, known=rates.of(config))
+    assert {entry["what"] for entry in found} == {"start", "forward"}
+    ((what, why),) = missing.items()
+    assert what.startswith("vision of nobody/dinov2-base") and "nobody/dinov2-base" in why
+
+
+def test_a_model_too_large_for_a_bench_is_told_from_smaller_steps(benched: tuple[Config, Path, str]) -> None:
+    """Of two small steps: what the optimizer takes is shared by the images of a whole one. Sampling it is left out."""
+    config = load(DEBUG, [f"run.dir={benched[0].run.dir}", "model.width=384", "model.heads=6", "train.batch_size=512"])
+    (train,), (sample,) = (estimate.pieces(stage, config, DIGITS, []) for stage in ("train", "sample"))
+    small = replace(bench.QUICK, cpu_flops=2 * train.flops)
+    found = bench._training(config, train, DIGITS, torch.device("cpu"), small)
+    assert found["from_steps_of"] == [2, 4]
+    assert 0 < found["seconds"] < min(found["raw"][0]) / 2, "most of a step of two images is the optimizer's"
+    with pytest.raises(UserError, match="counts it by the FLOPs of scoring"):
+        bench._sampling(config, sample, DIGITS, torch.device("cpu"), replace(small, cpu_flops=1.0))
+    forward = [entry for entry in rates.of(config).entries if entry["what"] == "forward"]
+    rate = rates.Rates(forward).piece(sample, hardware.Device(hardware.cpu_name(), False))
+    assert rate.source == rates.MEASURED and "of another shape" in rate.said
