@@ -283,6 +283,8 @@ def test_a_changed_knob_changes_no_folder_and_a_changed_setting_does(finished: t
         "train.log_every=5",
         "data.max_rejected=0.5",
         "report.classes=3",
+        "log.format=json",
+        "resources.watchdog_sec=7",
         "run.name=other",
     ):
         assert names(knob) == base, knob

@@ -4,11 +4,13 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 
+from d2c_ray import logs
 from d2c_ray.config import ResourcesConfig
+from d2c_ray.distributed import telemetry
 from d2c_ray.errors import UserError
 
 LIGHT_CPUS = 2  # logical CPUs of a local Ray beyond the cores: decode tasks and drivers next to busy actors
@@ -44,6 +46,7 @@ def connect(resources: ResourcesConfig, dashboard: bool = False) -> None:
         UserError: no cluster answers at the address.
     """
     if ray.is_initialized():
+        telemetry.follow()
         return
     # Where Ray's own files go; a private folder lets several local Rays live on one machine.
     temp_dir = os.environ.get("D2C_RAY_TMPDIR")
@@ -52,9 +55,14 @@ def connect(resources: ResourcesConfig, dashboard: bool = False) -> None:
     # Says at every start that authentication, which is on, is on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     _answers(resources.address)
+    more: dict[str, Any] = {}
+    if logs.as_json():
+        # Its own line at every start would be one of another shape.
+        logging.getLogger("ray._private.worker").setLevel(logging.WARNING)
+        more["logging_config"] = ray.LoggingConfig(encoding="JSON")  # of workers; this process's handlers are taken back below
     try:
         if resources.address:
-            ray.init(address=resources.address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=resources.address, log_to_driver=False, logging_level=logging.WARNING, **more)
         else:
             # C++ lines of the driver go to the terminal whatever the Python level is.
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -67,11 +75,15 @@ def connect(resources: ResourcesConfig, dashboard: bool = False) -> None:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
                 _temp_dir=temp_dir,
+                **more,
             )
     except ConnectionError as error:
         raise UserError(
             f"resources.address={resources.address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Leave it empty for a local one."
         ) from error
+    if logs.as_json():
+        logs.own_handlers()
+    telemetry.follow()
 
 
 def _answers(address: str) -> None:
@@ -88,6 +100,7 @@ def _answers(address: str) -> None:
 def disconnect() -> None:
     """Ends the local Ray, or lets go of the cluster."""
     ray.shutdown()
+    telemetry.forget()
 
 
 def cores() -> int:
