@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, TextIO
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,15 @@ def say(text: str, level: str = "info", about: About | None = None, plain: str =
         plain: the whole line for people; empty: the text behind the tool's name.
         fields: more members of the JSON object, for machines: numbers that the text has in words.
     """
-    line = record(text, level, about or here(), **fields) if as_json() else plain or f"d2c: {text}"
+    said = line(text, level, about or here(), **fields) if as_json() else plain or f"d2c: {text}"
     with _lock:  # in one piece: stages side by side speak at once
-        sys.stderr.write(line + "\n")
+        sys.stderr.write(said + "\n")
         sys.stderr.flush()
 
 
-def record(text: str, level: str, about: About, seconds: float | None = None, **fields: Any) -> str:
+def line(text: str, level: str, about: About, at: float = 0.0, **fields: Any) -> str:
     """One line of JSON: time (ISO 8601, UTC), level, run, stage, folder, message, then `fields`."""
-    now = time.time() if seconds is None else seconds
+    now = at or time.time()
     stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1000):03d}Z"
     said = {"time": stamp, "level": level, "run": about.run, "stage": about.stage, "folder": about.folder, "message": text, **fields}
     return json.dumps(said, ensure_ascii=False, default=str)
@@ -94,17 +94,17 @@ def record(text: str, level: str, about: About, seconds: float | None = None, **
 class Formatter(logging.Formatter):
     """Records of Python's logging in the same shape, with `logger`."""
 
-    def format(self, record_: logging.LogRecord) -> str:
-        more = {"traceback": self.formatException(record_.exc_info)} if record_.exc_info else {}
-        return record(record_.getMessage(), record_.levelname.lower(), here(), record_.created, logger=record_.name, **more)
+    def format(self, record: logging.LogRecord) -> str:
+        more = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        return line(record.getMessage(), record.levelname.lower(), here(), record.created, logger=record.name, **more)
 
 
 class _Handler(logging.StreamHandler):
     """On whatever stderr is at the time."""
 
-    def emit(self, record_: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
         with _lock:
-            sys.stderr.write(self.format(record_) + "\n")
+            sys.stderr.write(self.format(record) + "\n")
             sys.stderr.flush()
 
 
@@ -122,7 +122,7 @@ def own_handlers() -> None:
 
 
 @contextmanager
-def results(out: TextIO | None = None) -> Iterator[None]:
+def results() -> Iterator[None]:
     """With JSON, what is printed within (a command's tables) becomes a line of the log each."""
     if not as_json():
         yield
@@ -139,9 +139,9 @@ class _Lines(io.TextIOBase):
 
     def write(self, text: str) -> int:
         *lines, self._begun = (self._begun + text).split("\n")
-        for line in lines:
-            if line.strip():
-                say(line.rstrip())
+        for one in lines:
+            if one.strip():
+                say(one.rstrip())
         return len(text)
 
     def flush(self) -> None: ...

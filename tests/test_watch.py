@@ -121,6 +121,7 @@ def test_every_line_is_an_object_that_says_what_it_is_of(run: Run) -> None:
 
 def test_actors_and_training_workers_say_it_the_same_way(run: Run) -> None:
     said = [json.loads(line) for line in run.workers]
+    assert all(line["time"] > "2026" for line in said), "seconds that a line tells are not its time"
     assert {"score", "sample", "evaluate"} <= {line["stage"] for line in said if re.match(r"\w+ loaded in [\d.]+ s", line["message"])}
     trained = [line for line in said if line["stage"] == "train"]
     assert [line["rows_done"] for line in trained] == [32, 64] and all(line["loss"] > 0 for line in trained)
