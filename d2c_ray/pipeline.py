@@ -190,7 +190,7 @@ def _title(node: Node, status: "Status") -> str:
 def run_node(node: Node, share: int, status: "Status") -> float:
     """Makes one stage on `share` places, unless another process makes it meanwhile; gives the seconds that passed."""
     started = time.monotonic()
-    with logs.working_for(node.stage, node.name), maker(node.folder, logs.say):
+    with logs.working_for(node.stage, node.name, node.folder.parent.name), maker(node.folder, logs.say):
         if not node.dir.done:  # by the one that was waited for
             with _watched(node, status):
                 _make(node, share, status)

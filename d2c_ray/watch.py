@@ -23,6 +23,7 @@ LOOK_SEC = 20.0  # after which a look at Ray has failed
 SILENT_SEC = 60.0  # after which a worker that says where it stands every few seconds is silent
 MOST = 3  # of what is alike that is listed
 PACKAGE = str(Path(__file__).parent)
+SERVANTS = ("_", "ActorLocationTracker", "JobSupervisor")  # Ray's own actors, which take no room
 HIDDEN = ("object_store_memory", "node:", "bundle_group", "accelerator_type:")  # resources that nobody asks for
 
 Told = Callable[[list[str]], None]  # what is waited for; nothing once there is progress again
@@ -107,9 +108,12 @@ def explain(facts: Facts, frame: str = "") -> list[str]:
     for (name, state), count in sorted(states.items()):
         if state not in ("ALIVE", "DEAD") and not any(pool in name for pool in pools):
             said.append(f"{_times(count, f'actor {name}', f'actors {name}')}: {_in_words(state)}")
-    said += [f"{count} x {_listed(asked)} asked for: {_why_not(asked, facts)}" for asked, count in facts.demands]
+    demands: Counter[str] = Counter()
+    for asked, count in facts.demands:
+        demands[f"{_listed(asked)} asked for: {_why_not(asked, facts)}"] += count
+    said += [f"{count} x {why}" for why, count in demands.items()]
     if facts.demands:
-        said += _held(facts, states)
+        said += _held(states)
     dead = [node for node in facts.nodes if not node["Alive"]]
     for node in dead[-MOST:]:
         reason = node.get("DeathReasonMessage") or "no reason given"
@@ -191,9 +195,9 @@ def _used(asked: dict[str, float], node: dict[str, Any], facts: Facts) -> str:
     return ", ".join(f"{free.get(name, 0):g} of {node['Resources'][name]:g} {name} free" for name in sorted(_shown(asked)))
 
 
-def _held(facts: Facts, states: Counter[tuple[str, str]]) -> list[str]:
+def _held(states: Counter[tuple[str, str]]) -> list[str]:
     """Who has what is asked for."""
-    alive = [f"{count} {name}" for (name, state), count in sorted(states.items()) if state == "ALIVE"]
+    alive = [f"{count} {name}" for (name, state), count in sorted(states.items()) if state == "ALIVE" and not name.startswith(SERVANTS)]
     return [f"actors alive: {', '.join(alive)}"] if alive else []
 
 

@@ -73,7 +73,7 @@ def look(folder: Path) -> Facts:
     free = {
         node.node_id: {own.resource_name: own.total - own.used for own in node.resource_usage.usage}
         for node in [*status.active_nodes, *status.idle_nodes]
-        if node.resource_usage is not None
+        if node.node_id and node.resource_usage is not None
     }
     demands = [
         (dict(asked.bundle), asked.count) for demand in status.resource_demands.ray_task_actor_demand for asked in demand.bundles_by_count

@@ -40,9 +40,12 @@ def run_pool(actor: type, actor_args: dict[str, Any], units: list[Any], share: S
             handle, unit = running.pop(ready)
             give(handle)
             yield unit, ray.get(ready)
-    finally:
+    except BaseException:
         for handle in actors:
             ray.kill(handle)
+        raise
+    for handle in actors:
+        handle.__ray_terminate__.remote()  # killed, they would not have told the last of their numbers
 
 
 def _adopted(actor: type, about: About) -> type:
