@@ -166,9 +166,8 @@ def selectors(
     only: Annotated[str, typer.Option(metavar="NAMES", help="Selectors to compare, separated by commas; all of them otherwise.")] = "",
 ) -> None:
     from d2c_ray import pipeline
-    from d2c_ray.config import load
 
-    base = load(config, overrides or [])
+    base = _load(config, overrides)
     found, out = pipeline.compare_selectors(base, [name.strip() for name in only.split(",") if name.strip()], say=_say)
     from d2c_ray.report.selectors import print_comparison
 
@@ -180,9 +179,8 @@ def explain(
     config: ConfigPath, key: Annotated[str, typer.Argument(metavar="KEY", help="The image's key, or its end.")], overrides: Overrides = None
 ) -> None:
     from d2c_ray import pipeline
-    from d2c_ray.config import load
 
-    plan = pipeline.finished(load(config, overrides or []), "select", say=_say)
+    plan = pipeline.finished(_load(config, overrides), "select", say=_say)
     from d2c_ray.report import explain
 
     print("\n".join(explain.lines(plan, key)))
@@ -235,9 +233,8 @@ def _condensed(given: str, overrides: list[str] | None) -> dict[str, str]:
             raise UserError(f"'{given}' is a folder, to which {overrides[0]} means nothing; changes go with a configuration file.")
         return {"": given}
     from d2c_ray import pipeline
-    from d2c_ray.config import load
 
-    plan = pipeline.finished(load(given, overrides or []), "attach", say=_say)
+    plan = pipeline.finished(_load(given, overrides), "attach", say=_say)
     return {name: str(nodes["attach"].folder) for name, nodes in plan.arms.items()}
 
 
@@ -438,9 +435,8 @@ def export_model(
     own = VaeConfig(path=vae)
     if model.lower().endswith((".yaml", ".yml")):
         from d2c_ray import pipeline
-        from d2c_ray.config import load
 
-        plan = pipeline.finished(load(model, overrides or []), "train", say=_say)
+        plan = pipeline.finished(_load(model, overrides), "train", say=_say)
         folders = {name: str(nodes["train"].folder / "model") for name, nodes in plan.arms.items()}
         folder, own = Path(_of_arm(folders, arm, "students")), own if vae else plan.config.vae
     else:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -335,15 +335,20 @@ def _look_at(mine: _Stage) -> None:
         )  # fmt: skip
     mine.said, mine.said_at = lines, time.monotonic()
     metrics.tell("d2c_stage_stalled", 1, mine.about)
-    mine.told(lines)
+    _tell(mine, lines)
 
 
 def _clear(mine: _Stage) -> None:
     if mine.said:
         mine.said = []
         logs.say(f"{mine.label or mine.about.stage}: goes on", about=mine.about, rows_done=mine.done)
-        mine.told([])
+        _tell(mine, [])
     metrics.tell("d2c_stage_stalled", 0, mine.about)
+
+
+def _tell(mine: _Stage, lines: list[str]) -> None:
+    with suppress(OSError):  # a full disk is the stage's to fail on
+        mine.told(lines)
 
 
 def _patiently(mine: _Stage) -> Facts:

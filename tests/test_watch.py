@@ -22,7 +22,7 @@ from conftest import DEBUG, ROOT
 from d2c_ray import cli, logs, metrics, pipeline, watch
 from d2c_ray import sweep as sweeps
 from d2c_ray.config import load
-from d2c_ray.distributed import cluster, embed, pool, telemetry
+from d2c_ray.distributed import cluster, embed, look, pool, telemetry
 from d2c_ray.distributed.actors import Sampler
 from d2c_ray.rejects import Rejects
 from d2c_ray.report import outcomes
@@ -87,7 +87,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
                 cli.main(["score", str(DEBUG), f"run.dir={folder}", "run.name=small", "log.format=json", *SMALL])
             assert not end.value.code, said.getvalue()
             sample_and_measure(folder / "small")
-            time.sleep(1.0)  # what actors tell as they end
+            time.sleep(2.5)  # the nodes export once a second at the most
         finally:
             over.set()
             follower.join()
@@ -401,6 +401,22 @@ def test_a_training_worker_that_the_others_wait_for() -> None:
         "training workers in d2c_ray/training/prefetch.py:40 take: rank 1",
         "training workers in d2c_ray/training/loop.py:190 train: rank 0, rank 2",
     ]
+
+
+def test_training_workers_say_where_they_stand_until_the_training_is_over(tmp_path: Path) -> None:
+    def work(rank: int, workers: int) -> None:
+        beat = look.Beat(tmp_path, rank, workers)
+        beat.images = 64
+        with beat.beating():
+            until(lambda: any(said.rank == rank for said in look._workers(tmp_path / look.WORKERS)[0]), 5)
+
+    work(2, 3)
+    work(0, 2)  # another attempt, with fewer
+    (worker,), whole = look._workers(tmp_path / look.WORKERS)
+    assert (worker.rank, worker.images, whole) == (0, 64, 2) and worker.seconds_ago < 5
+    assert explain(Facts(workers=[worker], num_workers=whole))[0] == "training workers that have not reported: rank 1 of 2"
+    look.forget_workers(tmp_path)
+    assert look._workers(tmp_path / look.WORKERS) == ([], 0)
 
 
 def test_nothing_is_said_while_there_is_progress_and_a_head_that_is_gone_is(capsys: pytest.CaptureFixture) -> None:

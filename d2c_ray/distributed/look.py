@@ -85,13 +85,17 @@ def look(folder: Path) -> Facts:
 
 def _workers(folder: Path) -> tuple[list[Worker], int]:
     """What the workers of a training last said, and how many there are."""
-    found, whole = [], 0
+    notes = []
     for note in sorted(folder.glob("rank-*.json")):
-        with suppress(FileNotFoundError, json.JSONDecodeError, KeyError):  # the training ends just now
-            said = json.loads(note.read_text())
-            whole = max(whole, said["workers"])
-            found.append(Worker(said["rank"], said["host"], said["at"], said["images"], max(0.0, time.time() - said["time"])))
-    return [worker for worker in found if worker.rank < whole], whole
+        with suppress(FileNotFoundError, json.JSONDecodeError):  # the training ends just now
+            notes.append(json.loads(note.read_text()))
+    # An elastic training starts again with fewer or more, and those of before have left notes.
+    whole = max(notes, key=lambda said: said["time"])["workers"] if notes else 0
+    return [
+        Worker(said["rank"], said["host"], said["at"], said["images"], max(0.0, time.time() - said["time"]))
+        for said in notes
+        if said["workers"] == whole
+    ], whole
 
 
 class Beat:
