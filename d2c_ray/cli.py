@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from d2c_ray import logs
 from d2c_ray.errors import Stopped, UserError
 
 COMMANDS = {
@@ -190,9 +191,8 @@ def selectors(
     only: Annotated[str, typer.Option(metavar="NAMES", help="Selectors to compare, separated by commas; all of them otherwise.")] = "",
 ) -> None:
     from d2c_ray import pipeline
-    from d2c_ray.config import load
 
-    base = load(config, overrides or [])
+    base = _load(config, overrides)
     found, out = pipeline.compare_selectors(base, [name.strip() for name in only.split(",") if name.strip()], say=_say)
     from d2c_ray.report.selectors import print_comparison
 
@@ -204,9 +204,8 @@ def explain(
     config: ConfigPath, key: Annotated[str, typer.Argument(metavar="KEY", help="The image's key, or its end.")], overrides: Overrides = None
 ) -> None:
     from d2c_ray import pipeline
-    from d2c_ray.config import load
 
-    plan = pipeline.finished(load(config, overrides or []), "select", say=_say)
+    plan = pipeline.finished(_load(config, overrides), "select", say=_say)
     from d2c_ray.report import explain
 
     print("\n".join(explain.lines(plan, key)))
@@ -259,9 +258,8 @@ def _condensed(given: str, overrides: list[str] | None) -> dict[str, str]:
             raise UserError(f"'{given}' is a folder, to which {overrides[0]} means nothing; changes go with a configuration file.")
         return {"": given}
     from d2c_ray import pipeline
-    from d2c_ray.config import load
 
-    plan = pipeline.finished(load(given, overrides or []), "attach", say=_say)
+    plan = pipeline.finished(_load(given, overrides), "attach", say=_say)
     return {name: str(nodes["attach"].folder) for name, nodes in plan.arms.items()}
 
 
@@ -398,11 +396,10 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run, the numbers alone, as JSON.")] = False,
 ) -> None:
     from d2c_ray import sweep as sweeps
-    from d2c_ray.config import load
     from d2c_ray.report import outcomes
     from d2c_ray.report import sweep as report
 
-    base = load(config, overrides or [])
+    base = _load(config, overrides)
     if dry_run:
         found = sweeps.forecast(base)
         if as_json:
@@ -415,9 +412,10 @@ def sweep(
     try:
         done = sweeps.run(base, say=_say)
     except KeyboardInterrupt:
-        print("d2c: interrupted; the same command goes on from here.", file=sys.stderr)
+        _say("interrupted; the same command goes on from here.")
         sys.exit(130)
-    print("\n".join(report.lines(base, done.folder, outcomes.gather(done.folder, base))))
+    with logs.results():
+        print("\n".join(report.lines(base, done.folder, outcomes.gather(done.folder, base))))
 
 
 @_command("submit")
@@ -524,9 +522,8 @@ def export_model(
     own = VaeConfig(path=vae)
     if model.lower().endswith((".yaml", ".yml")):
         from d2c_ray import pipeline
-        from d2c_ray.config import load
 
-        plan = pipeline.finished(load(model, overrides or []), "train", say=_say)
+        plan = pipeline.finished(_load(model, overrides), "train", say=_say)
         folders = {name: str(nodes["train"].folder / "model") for name, nodes in plan.arms.items()}
         folder, own = Path(_of_arm(folders, arm, "students")), own if vae else plan.config.vae
     else:
@@ -642,17 +639,31 @@ def config(config: ConfigPath, overrides: Overrides = None) -> None:
     print(to_yaml(load(config, overrides or [])), end="")
 
 
-def _run(path: str, overrides: list[str] | None, upto: str) -> None:
+def _load(path: str, overrides: list[str] | None) -> Any:
+    """The configuration, from which on everything is said as it wants it."""
     from d2c_ray.config import load
 
+    if "log.format=json" in (overrides or []):  # what is wrong with the configuration too
+        logs.configure("json")
     config = load(path, overrides or [])
+    logs.configure(config.log.format, config.run.name)
+    return config
+
+
+def _run(path: str, overrides: list[str] | None, upto: str) -> None:
+    config = _load(path, overrides)
     from d2c_ray import pipeline
 
     try:
         plan = pipeline.run(config, upto, say=_say)
     except KeyboardInterrupt:
-        print("d2c: interrupted; the same command goes on from here.", file=sys.stderr)
+        _say("interrupted; the same command goes on from here.")
         sys.exit(130)
+    with logs.results():
+        _print_results(plan, upto)
+
+
+def _print_results(plan: Any, upto: str) -> None:
     if upto == "report":
         from d2c_ray.report.summary import print_summary
 
@@ -670,7 +681,7 @@ def _run(path: str, overrides: list[str] | None, upto: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"d2c: {text}", file=sys.stderr, flush=True)
+    logs.say(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -686,13 +697,18 @@ def main(argv: list[str] | None = None) -> None:
         from d2c_ray.pipeline import unwrap
 
         found: Any = unwrap(error)
+        if found is None and logs.as_json():
+            import traceback
+
+            logs.say(f"{type(error).__name__}: {error}", "error", traceback="".join(traceback.format_exception(error)))
+            sys.exit(1)
         if found is None:
             raise
         _fail(found)
 
 
 def _fail(error: UserError) -> None:
-    print(f"d2c: {error}", file=sys.stderr)
+    logs.say(str(error), "error")
     sys.exit(2)
 
 

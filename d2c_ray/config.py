@@ -294,6 +294,13 @@ class SweepConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """How what is said is said; none of it can change a result."""
+
+    format: str = "plain"  # plain | json (an object a line)
+
+
+@dataclass(frozen=True)
 class ResourcesConfig:
     """Knobs that cannot change a result, and so are no part of any fingerprint.
 
@@ -324,6 +331,7 @@ class ResourcesConfig:
     cache_dir: str = ""  # where a node keeps uncompressed copies of condensed datasets to train from; empty: the temporary folder
     keep_cache: bool = False  # leave the copy there after training
     progress_interval_sec: float = 20.0  # between two progress lines in a log
+    watchdog_sec: float = 300.0  # without progress, after which it is said which operator waits for what; 0: never
 
 
 @dataclass(frozen=True)
@@ -343,6 +351,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     # Students to train and compare, by name: what each changes in select, attach, model or train. None: one student.
@@ -391,6 +400,7 @@ CHOICES = {
     "sample.keep": ("parquet", "png", "npz", "none"),
     "sample.class_draw": ("balanced", "random"),
     "sample.precision": ("fp32", "bf16"),
+    "log.format": ("plain", "json"),
     "resources.train_gpus": (-1, 0, 1),
     "sweep.search": ("grid", "random", "optuna"),
     "sweep.equal": ("images", "seconds"),
@@ -415,7 +425,7 @@ MINIMUM = {
     "sweep.num_points": 1, "sweep.asha": 0, "sweep.reduction": 2, "sweep.concurrent": 0, "sweep.max_failures": 0,
     "report.classes": 1, "report.images_per_class": 1, "resources.rows_per_task": 1, "resources.train_workers": 1,
     "resources.teacher_workers": 1, "resources.threads": 1, "resources.actors": 0, "resources.train_workers_min": 0, "resources.micro_batch": 0, "resources.max_failures": -1, "resources.max_preemptions": -1, "resources.num_cpus": 0,
-    "resources.min_actors": 0, "resources.rows_per_partition": 1, "storage.attempts": 1,
+    "resources.min_actors": 0, "resources.watchdog_sec": 0, "resources.rows_per_partition": 1, "storage.attempts": 1,
 }  # fmt: skip
 
 

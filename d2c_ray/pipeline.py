@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from d2c_ray import logs, metrics, tracking, watch
 from d2c_ray import plan as plans
-from d2c_ray import tracking
 from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, pools, to_yaml
 from d2c_ray.errors import Stopped, UserError, nearest
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
-from d2c_ray.rundir import PLAN, STATUS, Lock, maker, now, versions, write_json, write_text
+from d2c_ray.rundir import PLAN, PROGRESS, STATUS, Lock, maker, now, versions, write_json, write_text
 
 ON_RAY = {"teacher", "score", "embed", "attach", "train", "sample", "unguided", "reference", "evaluate"}
 HEARTBEAT_SEC = 10.0  # between two signs of life in status.json
@@ -197,10 +197,40 @@ def _title(node: Node, status: "Status") -> str:
 def run_node(node: Node, share: int, status: "Status") -> float:
     """Makes one stage on `share` places, unless another process makes it meanwhile; gives the seconds that passed."""
     started = time.monotonic()
-    with maker(node.folder, lambda text: print(f"d2c: {text}", file=sys.stderr, flush=True)):
+    with logs.working_for(node.stage, node.name, node.folder.parent.name), maker(node.folder, logs.say):
         if not node.dir.done:  # by the one that was waited for
-            _make(node, share, status)
+            with _watched(node, status):
+                _make(node, share, status)
     return time.monotonic() - started
+
+
+@contextmanager
+def _watched(node: Node, status: "Status") -> Iterator[None]:
+    """Has the watchdog look after a stage, and monitoring know that it is made."""
+
+    def told(lines: list[str]) -> None:
+        status.waits(node, lines)
+        with suppress(FileNotFoundError, json.JSONDecodeError):  # where the driver of a sweep looks, whose trials write no status
+            said = json.loads((node.folder / PROGRESS).read_text())
+            said.pop("waits_for", None)
+            if not node.dir.done:
+                write_json(node.folder / PROGRESS, {**said, **({"waits_for": lines} if lines else {})})
+
+    metrics.tell("d2c_stage_running", 1)
+    try:
+        with watch.stage(logs.here(), node.config.resources.watchdog_sec, told, partial(_look, node.folder)):
+            yield
+    finally:
+        metrics.tell("d2c_stage_running", 0)
+
+
+def _look(folder: Path) -> watch.Facts:
+    """What Ray knows, if this process has one."""
+    if "ray" not in sys.modules:
+        return watch.Facts()
+    from d2c_ray.distributed import look
+
+    return look.look(folder)
 
 
 def _make(node: Node, share: int, status: "Status") -> None:
@@ -270,6 +300,13 @@ def connect(config: Config, attaching: list[Config], dashboard: bool = False) ->
     _listen()  # Ray has taken the signal
     cluster.preflight(config.resources, max((pools(own) for own in attaching), default=1))
     return cluster.places(config.resources)
+
+
+def follow() -> None:
+    """Has Ray export this process's numbers, which has one without having connected to it."""
+    from d2c_ray.distributed import telemetry
+
+    telemetry.follow()
 
 
 def trainings(config: Config, slots: int) -> int:
@@ -413,6 +450,17 @@ class Status:
             self._states |= {name: {"state": "stopped", "at": now()} for name, said in self._states.items() if said["state"] == "running"}
         with suppress(OSError):  # which would hide what was wrong
             self.write()
+
+    def waits(self, node: Node, lines: list[str]) -> None:
+        """Notes what a running stage waits for, or that it goes on."""
+        with self._lock:
+            state = self._states.get(node.name, {})
+            if state.get("state") != "running":
+                return
+            state.pop("waiting", None)
+            if lines:
+                state["waiting"] = {"since": now(), "for": lines}
+        self.write()
 
     def write(self) -> None:
         if not self._record:

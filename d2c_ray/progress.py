@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from d2c_ray import logs, metrics, watch
 from d2c_ray.rundir import PROGRESS, now, write_json
 
 _bars: Any = None  # one live display for all bars of the process; rich allows no two
@@ -47,10 +48,11 @@ class Progress:
         self._start = self._last_line = self._last_file = time.monotonic()
         self._task: Any = None
         self._note = ""
+        self._about = logs.here()  # lines come from other threads too
 
     def __enter__(self) -> "Progress":
         global _bars, _bars_users
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not logs.as_json():
             with _bars_lock:
                 if _bars is None:
                     _bars = _make_bars()
@@ -59,6 +61,7 @@ class Progress:
                 self._task = _bars.add_task(self.label, total=self.total, completed=self.done, unit=self.unit, note="")
         else:
             self._line()
+        self._tell()
         self._write()
         return self
 
@@ -82,6 +85,7 @@ class Progress:
     def at(self, done: int, note: str = "") -> None:
         """Sets the count of finished units."""
         self.done, self._note = done, note or self._note
+        self._tell()
         now = time.monotonic()
         if self._task is not None:
             _bars.update(self._task, completed=done, note=self._note)
@@ -101,13 +105,19 @@ class Progress:
     def _line(self) -> None:
         self._last_line = time.monotonic()
         rate = self._rate(self._last_line - self._start)
-        left = f", {clock((self.total - self.done) / rate)} left" if rate > 0 and self.done < self.total else ""
+        seconds_left = (self.total - self.done) / rate if rate > 0 and self.done < self.total else None
+        left = f", {clock(seconds_left)} left" if seconds_left is not None else ""
         speed = f" ({rate:,.1f} {self.unit}/s{left})" if rate else ""
-        print(
-            f"{time.strftime('%H:%M:%S')} {self.label}: {self.done:,} of {self.total:,} {self.unit}{speed} {self._note}".rstrip(),
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}{speed} {self._note}".rstrip()
+        logs.say(
+            text, about=self._about, plain=f"{time.strftime('%H:%M:%S')} {text}", rows_done=self.done, rows_total=self.total, unit=self.unit,
+            rows_per_second=round(rate, 3), seconds_left=round(seconds_left, 1) if seconds_left is not None else None, note=self._note,
+        )  # fmt: skip
+
+    def _tell(self) -> None:
+        metrics.tell("d2c_rows_done", self.done, self._about)
+        metrics.tell("d2c_rows_total", self.total, self._about)
+        watch.heard(self._about.folder, self.done, self.label)
 
     def _write(self) -> None:
         self._last_file = time.monotonic()
@@ -124,6 +134,7 @@ class Progress:
                         "note": self._note,
                         "rate": self._rate(self._last_file - self._start),
                         "at": now(),
+                        **({"waits_for": waits} if (waits := watch.waits_for(self._about.folder)) else {}),
                     },
                 )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from d2c_ray import schema
+from d2c_ray import metrics, schema
 from d2c_ray.data import tables
 from d2c_ray.errors import UserError
 
@@ -35,6 +35,7 @@ class Rejects:
             UserError: more than the limit; names the first images and their reasons.
         """
         self.rows += rows
+        metrics.tell("d2c_rows_rejected", len(self.rows))
         if len(self.rows) > self.limit * self.total:
             shown = "".join(f"\n  {row['key']}: {row['reason']}" for row in self.rows[:5])
             raise UserError(

@@ -28,7 +28,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2c_ray import bench, estimate, hardware, pipeline, rates, tracking, trials
+from d2c_ray import bench, estimate, hardware, logs, metrics, pipeline, rates, tracking, trials
 from d2c_ray import forecast as forecasts
 from d2c_ray import plan as plans
 from d2c_ray.config import Config, SweepConfig, from_dict, to_dict, to_yaml
@@ -37,12 +37,13 @@ from d2c_ray.errors import UserError
 from d2c_ray.plan import Node, Plan
 from d2c_ray.report import gather, outcomes
 from d2c_ray.report import sweep as report
-from d2c_ray.report.outcomes import DONE, FAILED, RUNNING, STOPPED
+from d2c_ray.report.outcomes import DONE, FAILED, RUNNING, STOPPED, WAITING
 from d2c_ray.rundir import PROGRESS, Lock, StageDir, write_json, write_text
 from d2c_ray.trials import Trial
 
 OWN = ("train", "sample", "unguided", "evaluate")  # stages that a trial runs; all others are made before
 POINTS = "points"
+COUNT_SEC = 5.0  # between two counts of the trials
 CALIBRATION = 0.05  # equal=seconds: share of train.num_images that is trained to learn the pace
 Say = Callable[[str], None]
 Tell = Callable[[dict[str, float]], None]
@@ -332,6 +333,8 @@ def _complete(config: Config, options: SweepConfig, context: Context, given: dic
 def _run_nodes(config: Config, upto: str, context: Context) -> dict[str, Node]:
     """Makes what is missing of a trial up to a stage, one stage after the other; other trials may be making some of it just now."""
     plan = trials.Planner(context.sources)(config)
+    logs.configure(config.log.format, plan.folder.name)
+    pipeline.follow()
     status = pipeline.Status(plan, record=False)
     for node in plan.needed(upto):
         if not node.dir.done:
@@ -387,14 +390,17 @@ def _watched(sweep: Sweep, total: int, interval_sec: float, say: Say) -> Iterato
         say(f"{ended_so_far[0]} of {total}: {chosen.get('label') or trials.label(chosen)}: {what}")
 
     def follow() -> None:
-        while not over.wait(interval_sec):
-            running = [
-                f"{record['label']} ({how})"
-                for record in outcomes.records(sweep.folder)
-                if record["state"] == RUNNING and (how := _stands(sweep, record))
-            ]
+        said = time.monotonic()
+        while not over.wait(min(interval_sec, COUNT_SEC)):
+            records = outcomes.records(sweep.folder)
+            _count(sweep, total, records)
+            if time.monotonic() - said < interval_sec:
+                continue
+            said = time.monotonic()
+            running = [f"{record['label']} ({how})" for record in records if record["state"] == RUNNING and (how := _stands(sweep, record))]
             if running:
                 say(f"{ended_so_far[0]} of {total} trials; running {'; '.join(running)}")
+        _count(sweep, total, outcomes.records(sweep.folder))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -405,6 +411,14 @@ def _watched(sweep: Sweep, total: int, interval_sec: float, say: Say) -> Iterato
         thread.join()
 
 
+def _count(sweep: Sweep, total: int, records: list[dict[str, Any]]) -> None:
+    """Trials by state, for who monitors the sweep; those of an earlier attempt that are not taken up yet count as running."""
+    found = {state: sum(record["state"] == state for record in records) for state in (DONE, RUNNING, STOPPED, FAILED)}
+    about = logs.About(sweep.plan.folder.name, "sweep", sweep.folder.name)
+    for state, count in {WAITING: max(0, total - sum(found.values())), **found}.items():
+        metrics.tell("d2c_sweep_trials", count, about, state=state)
+
+
 def _stands(sweep: Sweep, record: dict[str, Any]) -> str:
     """Where a running trial stands, in words; empty where its process has not said so yet."""
     nodes = sweep.plan.arms.get(record["id"], {})
@@ -412,7 +426,8 @@ def _stands(sweep: Sweep, record: dict[str, Any]) -> str:
         if stage in nodes and not nodes[stage].dir.done:
             with suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
                 said = json.loads((nodes[stage].folder / PROGRESS).read_text())
-                return f"{stage} {said['done'] / max(1, said['total']):.0%}"
+                waits = f", waits: {said['waits_for'][0]}" if said.get("waits_for") else ""
+                return f"{stage} {said['done'] / max(1, said['total']):.0%}{waits}"
             return stage
     return ""
 

@@ -5,12 +5,12 @@ tracker that fails costs its own record and nothing else, and what was sent once
 """
 
 import json
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from d2c_ray import logs
 from d2c_ray.config import TrackingConfig
 from d2c_ray.errors import UserError
 from d2c_ray.rundir import write_json
@@ -261,7 +261,7 @@ class _Guard:
             return False
         self._trackers.pop(self._kind, None)
         line = (str(error).strip().splitlines() or [""])[0]
-        print(f"d2c: tracking.{self._kind} failed and is off from here: {type(error).__name__}: {line}", file=sys.stderr, flush=True)
+        logs.say(f"tracking.{self._kind} failed and is off from here: {type(error).__name__}: {line}", "warning")
         return True
 
 

@@ -26,7 +26,7 @@ METRICS = {
     "frechet": False, "kid": False, "precision": True, "recall": True, "density": True, "coverage": True, "inception_score": True,
     "agreement": True, "cost_seconds": False,
 }  # fmt: skip
-NO_AXES = ("run", "storage", "report", "tracking", "resources", "sweep", "arms")  # sections of what cannot change a result
+NO_AXES = ("run", "storage", "report", "tracking", "log", "resources", "sweep", "arms")  # sections of what cannot change a result
 RANGE = "a range such as {low: 0.1, high: 2.0, log: true}"
 
 

@@ -9,9 +9,9 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "d2c_ray"
 LAYERS = {
-    0: ("config", "schema", "seeding", "errors"),
+    0: ("config", "schema", "seeding", "errors", "logs", "metrics"),
     1: ("models", "diffusion", "selection", "training", "evaluate", "data.decode", "hardware"),
-    2: ("rundir", "plan", "trials", "rates", "bench", "tracking", "estimate", "progress", "rejects", "job", "report", "data"),
+    2: ("rundir", "plan", "trials", "rates", "bench", "tracking", "estimate", "progress", "watch", "rejects", "job", "report", "data"),
     3: ("distributed",),
     4: ("stages", "pipeline", "sweep", "forecast"),
     5: ("cli",),

@@ -227,7 +227,9 @@ def test_planned_stands_beside_actual(finished: tuple[Path, str]) -> None:
         assert own["seconds"] > 0 and own["source"] in ("published", "measured here") and f"<td>{own['seconds']:.1f}</td>" in page
         assert own["made"] <= stages[name]["finished"]
     found = forecast.collect(load(DEBUG, [f"run.dir={folder.parent}", UNGUIDED, *ARMS]))
-    assert {row["folder"]: row["planned"] for row in found["stages"] if row["planned"]} == {name: own["seconds"] for name, own in planned.items()}
+    assert {row["folder"]: row["planned"] for row in found["stages"] if row["planned"]} == {
+        name: own["seconds"] for name, own in planned.items()
+    }
     assert {row["folder"]: row["actual"] for row in found["stages"]} == {name: record["seconds"] for name, record in stages.items()}
     assert found["total"]["seconds"] == 0.0 and "took" in "\n".join(printed.lines(found))
 
@@ -301,6 +303,8 @@ def test_a_changed_knob_changes_no_folder_and_a_changed_setting_does(finished: t
         "train.log_every=5",
         "data.max_rejected=0.5",
         "report.classes=3",
+        "log.format=json",
+        "resources.watchdog_sec=7",
         "run.name=other",
     ):
         assert names(knob) == base, knob

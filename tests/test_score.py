@@ -512,8 +512,8 @@ def test_a_pool_without_room_says_so_goes_on_with_a_node_that_comes_and_exports_
     until(lambda: any("waiting for capacity" in text for text in said))
     assert "waiting for capacity: 1 actors of 1 CPU leave no CPU to decode on" in said
     running.add_node(num_cpus=1)
-    until(lambda: max(ray_metrics("d2c_scored_images"), default=0) >= 32)
-    (images,), (busy,) = ray_metrics("d2c_scored_images"), ray_metrics("d2c_actor_busy_share")
+    until(lambda: max(ray_metrics("d2c_images"), default=0) >= 32)
+    (images,), (busy,) = ray_metrics("d2c_images"), ray_metrics("d2c_actor_busy_share")
     assert 32 <= images <= 240 and images % 16 == 0
     assert 0 < busy < 0.9, "it rests half a second before every unit"
     folder = result(120)

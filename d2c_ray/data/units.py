@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from d2c_ray import metrics
 from d2c_ray.config import DataConfig, StorageConfig
 from d2c_ray.data import manifest, storage, tables
 from d2c_ray.data.decode import Undecodable, decode
@@ -85,6 +86,7 @@ def decode_rows(
     good, pixels, contents, rejected = [], [], [], []
     base = manifest.root(data, options)
     found = manifest.read_images(rows, base, data.image_column, options)
+    metrics.tell("d2c_read_bytes", sum(len(content) for content in found if not isinstance(content, OSError)))
     keys, uris, lengths = (rows.column(name).to_pylist() for name in ("key", "uri", "length"))
     for index, content in enumerate(found):
         try:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from ray.util import metrics
 
+from d2c_ray import metrics
 from d2c_ray.config import (
     DataConfig,
     EmbedConfig,
@@ -50,7 +50,7 @@ class Scorer:
         self.teacher = teachers.load(teachers.resolve(teacher), target, score.precision, score.compile)
         self.vae = frozen.Vae(vae, target) if vae.path else None
         self.t = difficulty.timesteps(self.teacher.kind, score.num_timesteps, score.t_min, score.t_max)
-        self.clock = Clock(hardware(target), "scored", "scoring")
+        self.clock = Clock(hardware(target))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (unit,) = batch.column("unit").to_pylist()
@@ -82,7 +82,7 @@ class FeatureExtractor:
         torch.set_num_threads(threads)
         target = torch.device(device)
         self.encoder = frozen.VisionEncoder(embed.encoder, embed.image_size, target, embed.device_batch)
-        self.clock = Clock(hardware(target), "embedded", "embedding")
+        self.clock = Clock(hardware(target))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (unit,) = batch.column("unit").to_pylist()
@@ -98,15 +98,12 @@ class FeatureExtractor:
 
 
 class Clock:
-    """How much of an actor's time it computes, told with every result and as Ray metrics."""
+    """How much of an actor's time it computes, told with every result and as metrics."""
 
-    def __init__(self, hardware: str, done: str, doing: str):
+    def __init__(self, hardware: str):
         self.hardware = hardware
         self.actor = uuid.uuid4().hex
         self.first = self.last = self.seconds = 0.0
-        self.images = metrics.Counter(f"d2c_{done}_images", f"Images {done}.")
-        self.busy = metrics.Gauge("d2c_actor_busy_share", "Share of time since its first batch that an actor computed.", ("work",))
-        self.busy.set_default_tags({"work": doing})
 
     @contextmanager
     def computing(self, images: int) -> Iterator[None]:
@@ -115,9 +112,8 @@ class Clock:
         yield
         self.last = time.monotonic()
         self.seconds += self.last - start
-        if images:
-            self.images.inc(images)
-        self.busy.set(self.seconds / max(self.last - self.first, 1e-9))
+        metrics.tell("d2c_images", images)
+        metrics.tell("d2c_actor_busy_share", self.seconds / max(self.last - self.first, 1e-9))
 
     def facts(self) -> dict[str, Any]:
         return {"actor": self.actor, "device": self.hardware, "span": self.last - self.first, "seconds": self.seconds}
@@ -198,7 +194,7 @@ class Attacher:
                 key = encoder_key(column)
                 frozen.check_weights(f"{key}.encoder", encoders_of_images.facts(vision[column], grid, key)["weights"], weights[column])
                 self.vision[column] = encoders_of_images.load(vision[column], grid, target, key)
-        self.clock = Clock(self.hardware, "attached", "attaching")
+        self.clock = Clock(self.hardware)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (unit,) = batch.column("unit").to_pylist()
@@ -251,8 +247,13 @@ class Sampler:
         self.student = weights.load(Path(model), sample.weights, target)
         self.vae = frozen.Vae(vae, target) if vae.path else None
         self.networks = Measurers(networks, evaluate, target) if networks else None
+        self.clock = Clock(hardware(target))
 
     def run(self, unit: dict[str, Any]) -> dict[str, Any]:
+        with self.clock.computing(unit["stop"] - unit["start"]):
+            return self._run(unit)
+
+    def _run(self, unit: dict[str, Any]) -> dict[str, Any]:
         indices = torch.arange(unit["start"], unit["stop"])
         labels, pixels = sampling.generate(self.student, self.sample, indices, self.vae)
         if self.networks is None:
@@ -276,6 +277,7 @@ class Embedder:
         torch.set_num_threads(threads)
         self.data, self.storage, self.hardware = data, storage, hardware(torch.device(device))
         self.networks = Measurers(weights, evaluate, torch.device(device))
+        self.clock = Clock(self.hardware)
 
     def run(self, unit: dict[str, Any]) -> dict[str, Any]:
         """A unit of manifest-shaped rows, their mirror images, or a part of generated images; gives the facts of the part it wrote."""
@@ -294,7 +296,9 @@ class Embedder:
             pixels, ids = units.pixels_of(table), table.column("sample_id")
             if unit["mirrored"]:  # N x H x W x C
                 pixels = np.ascontiguousarray(pixels[:, :, ::-1])
-        seen = measured.table(ids.to_numpy(), table.column("label").to_numpy(), self.networks.see(pixels))
+        with self.clock.computing(len(pixels)):
+            features = self.networks.see(pixels)
+        seen = measured.table(ids.to_numpy(), table.column("label").to_numpy(), features)
         facts = {"unit": unit, "rows": len(seen), "rejected": rejected, "device": self.hardware}
         tables.write(Path(unit["part"]), seen, facts)
         return facts

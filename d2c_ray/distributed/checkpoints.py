@@ -8,7 +8,6 @@ folder, or <resources.checkpoint_storage>/<run>/<stage>.
 import json
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from pyarrow import fs
 from ray.train import Checkpoint
 from safetensors import SafetensorError, safe_open
 
+from d2c_ray import logs, metrics
 from d2c_ray.config import StorageConfig
 from d2c_ray.data import storage
 from d2c_ray.errors import UserError
@@ -206,6 +206,7 @@ class _Upload:
     def __init__(self, place: Place, taken: state.Snapshot, kept: str):
         self._place, self._kept = place, kept
         self._taken: state.Snapshot | None = taken
+        self._since = time.monotonic()
         self._error: Exception | None = None
         self.done = threading.Event()
 
@@ -216,6 +217,7 @@ class _Upload:
         finally:
             self._taken = None  # Ray may hold on to this function
             self.done.set()
+        metrics.tell("d2c_checkpoint_seconds", time.monotonic() - self._since)
         return Checkpoint(path, filesystem=known.filesystem)
 
     def _bring(self, path: str) -> None:
@@ -261,9 +263,9 @@ def _keep(place: Place, source: str, target: str, taken: state.Snapshot) -> None
         else:
             _link(source, target)
     except Exception as error:  # whatever it is, the checkpoint itself is written
-        print(
-            f"d2c: the checkpoint is not kept at '{target}', and training goes on: {type(error).__name__}: {' '.join(str(error).split())}",
-            file=sys.stderr,
+        logs.say(
+            f"the checkpoint is not kept at '{target}', and training goes on: {type(error).__name__}: {' '.join(str(error).split())}",
+            "warning",
         )
 
 

@@ -3,12 +3,19 @@
 import logging
 import os
 import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import ray
+from ray._private import auto_init_hook
 
+from d2c_ray import logs
 from d2c_ray.config import ResourcesConfig
+from d2c_ray.distributed import telemetry
 from d2c_ray.errors import UserError
 from d2c_ray.hardware import AT_HAND, Cluster, cores, cpu_name
 
@@ -45,34 +52,60 @@ def connect(resources: ResourcesConfig, dashboard: bool = False) -> None:
         UserError: no cluster answers at the address.
     """
     if ray.is_initialized():
+        telemetry.follow()
         return
     # Where Ray's own files go; a private folder lets several local Rays live on one machine.
     temp_dir = os.environ.get("D2C_RAY_TMPDIR")
-    # A stage that is left behind by a failed one must not start a Ray of its own.
+    # A stage that is left behind by a failed one must not start a Ray of its own, and nor must the watchdog. Ray reads the variable
+    # when it is imported, so that it is for workers alone.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    auto_init_hook.enable_auto_connect = False
     # Says at every start that authentication, which is on, is on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     _check_answers(resources.address)
+    more: dict[str, Any] = {}
+    if logs.as_json():
+        # Its own line at every start would be one of another shape.
+        logging.getLogger("ray._private.worker").setLevel(logging.WARNING)
+        more["logging_config"] = ray.LoggingConfig(encoding="JSON")  # of workers; this process's handlers are taken back below
+    if not resources.address or logs.as_json():
+        # C++ lines of the driver go to the terminal whatever the Python level is.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if not resources.address:
+        # A machine of one's own is not taken away, and the watcher is a process more that starts with every training.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        more |= {"num_cpus": resources.num_cpus or cores() + LIGHT_CPUS, "include_dashboard": dashboard, "_temp_dir": temp_dir}
     try:
-        if resources.address:
-            ray.init(address=resources.address, log_to_driver=False, logging_level=logging.WARNING)
-        else:
-            # C++ lines of the driver go to the terminal whatever the Python level is.
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-            # A machine of one's own is not taken away, and the watcher is a process more that starts with every training.
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            ray.init(
-                address="local",
-                num_cpus=resources.num_cpus or cores() + LIGHT_CPUS,
-                include_dashboard=dashboard,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                _temp_dir=temp_dir,
-            )
+        with _said_as_lines() if logs.as_json() else nullcontext():
+            ray.init(address=resources.address or "local", log_to_driver=False, logging_level=logging.WARNING, **more)
     except ConnectionError as error:
         raise UserError(
             f"resources.address={resources.address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Leave it empty for a local one."
         ) from error
+    if logs.as_json():
+        logs.own_handlers()
+    telemetry.follow()
+
+
+@contextmanager
+def _said_as_lines() -> Iterator[None]:
+    """Says what is written to the terminal past Python within, as Ray's C++ part does when it starts, like everything else."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        terminal = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            file.seek(0)
+            for line in file.read().decode(errors="replace").splitlines():
+                if line.startswith('{"time"'):
+                    sys.stderr.write(f"{line}\n")  # it is one already
+                elif line.strip():
+                    logs.say(line, logger="ray")
 
 
 def _check_answers(address: str) -> None:
@@ -97,6 +130,7 @@ def answers(host: str, port: int) -> str:
 def disconnect() -> None:
     """Ends the local Ray, or lets go of the cluster."""
     ray.shutdown()
+    telemetry.forget()
 
 
 def at_hand() -> Cluster:

@@ -22,12 +22,15 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
+from d2c_ray import logs, metrics
 from d2c_ray.config import DataConfig, StorageConfig
 from d2c_ray.data import tables
 from d2c_ray.data import units as unit_io
-from d2c_ray.distributed import cluster
+from d2c_ray.distributed import cluster, telemetry
 from d2c_ray.distributed.cluster import Share
+from d2c_ray.distributed.look import Operators
 from d2c_ray.errors import UserError
+from d2c_ray.logs import About
 from d2c_ray.selection.noise import noise as scoring_noise
 
 Extend = Callable[[pa.Table], pa.Table]
@@ -87,6 +90,7 @@ def stream(
     if not units:
         return
     _quiet()
+    about = logs.here()
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -100,7 +104,7 @@ def stream(
     dataset: Any = ray.data.from_items([{"units": json.dumps(task)} for task in tasks], override_num_blocks=len(tasks))
     dataset = dataset.map_batches(
         _decode, batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
-        fn_kwargs={"data": data, "storage": storage, "extend": extend, "keep_bytes": keep_bytes}, num_cpus=1,
+        fn_kwargs={"data": data, "storage": storage, "extend": extend, "keep_bytes": keep_bytes, "about": about}, num_cpus=1,
         memory=1,  # a byte: tasks that ask for just what the actors ask for would be fused into them, and decode in turn with computing
     )  # fmt: skip
     given = [actor_args, *then]
@@ -108,13 +112,13 @@ def stream(
     for index, arguments in enumerate(given):
         most = min(len(range(index, share.actors, len(given))), len(units))
         dataset = dataset.map_batches(
-            _noted(actor, notes), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, fn_constructor_kwargs=arguments,
+            _noted(actor, notes, about), batch_size=1, batch_format="pyarrow", zero_copy_batch=True, fn_constructor_kwargs=arguments,
             # Two calls at once, of which one computes: the next unit is unpacked by Ray while this one is worked on.
             compute=ActorPoolStrategy(min_size=min(share.min_actors or most, most), max_size=most, max_concurrent_calls_per_actor=2),
             num_cpus=1, num_gpus=share.gpus_per_actor or None,
         )  # fmt: skip
-    loads = _Loads(notes, share.actors)
-    dataset.context.custom_execution_callback_classes = [lambda: loads]
+    loads, operators = _Loads(notes, share.actors), Operators(about.folder)
+    dataset.context.custom_execution_callback_classes = [lambda: loads, lambda: operators]
     with _Listener(share, say) as listener, _words_of_actors():
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             listener.heard()
@@ -123,11 +127,13 @@ def stream(
                 yield json.loads(unit), unpack(batch.column("payload"), row)
 
 
-def _noted(actor: type, notes: Path) -> type:
+def _noted(actor: type, notes: Path, about: About) -> type:
     """The actor class, leaving a note while it loads: Ray starts a process that dies there again without end or a word."""
 
     class Noted(actor):
         def __init__(self, **arguments: Any):
+            telemetry.adopt(about)
+            started = time.monotonic()
             notes.mkdir(parents=True, exist_ok=True)
             note = notes / uuid.uuid4().hex
             note.write_text(socket.gethostname())
@@ -135,6 +141,8 @@ def _noted(actor: type, notes: Path) -> type:
                 super().__init__(**arguments)
             finally:
                 note.unlink(missing_ok=True)
+            seconds = time.monotonic() - started
+            logs.say(f"{actor.__name__} loaded in {seconds:.1f} s", actor=actor.__name__, seconds=round(seconds, 3))
 
     Noted.__name__ = Noted.__qualname__ = actor.__name__
     return Noted
@@ -246,12 +254,19 @@ def _quiet() -> None:
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 handler.setLevel(logging.ERROR)
+                if logs.as_json():
+                    handler.setFormatter(logs.Formatter())
 
 
-def _decode(batch: pa.Table, data: DataConfig, storage: StorageConfig, extend: Extend | None, keep_bytes: bool) -> Iterator[pa.Table]:
+def _decode(
+    batch: pa.Table, data: DataConfig, storage: StorageConfig, extend: Extend | None, keep_bytes: bool, about: About
+) -> Iterator[pa.Table]:
+    telemetry.adopt(about)  # the process of a task may have worked for another stage before
     (task,) = batch.column("units").to_pylist()
     for unit in json.loads(task):
+        started = time.monotonic()
         table, rejected = unit_io.decode_rows(unit_io.read_rows(unit), data, storage, keep_bytes)
         if extend is not None:
             table = extend(table)
+        metrics.tell("d2c_decode_seconds", time.monotonic() - started)
         yield pack(json.dumps(unit), table.replace_schema_metadata({b"rejected": json.dumps(rejected).encode()}))

@@ -7,10 +7,9 @@ interruption finds them and goes on at the next image, on as many workers as the
 import json
 import math
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,11 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from d2c_ray import logs
+from d2c_ray import metrics as numbers
 from d2c_ray.config import Config, ModelConfig, StorageConfig, TrainConfig, dotted
 from d2c_ray.data import condensed
-from d2c_ray.distributed import checkpoints, cluster
+from d2c_ray.distributed import checkpoints, cluster, look, telemetry
 from d2c_ray.errors import UserError
 from d2c_ray.job import Job
 from d2c_ray.models import latents, published, weights
@@ -72,7 +73,7 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
     metrics = job.out / METRICS
     use_gpu = cluster.train_on_gpus(job.config.resources)
     if options.precision == "bf16" and not use_gpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        print(f"d2c: {title}: this CPU only emulates bf16, which is many times slower than fp32: set precision=fp32", file=sys.stderr)
+        logs.say(f"{title}: this CPU only emulates bf16, which is many times slower than fp32: set precision=fp32", "warning")
     trackers = Trackers(
         job.config.tracking, job.out, f"{job.config.run.name}: {title}", f"{job.config.run.name}-{job.out.name}", dotted(job.config)
     )
@@ -151,6 +152,8 @@ def fit(
             "mended": str(mended) if mended else "",
             "use_gpu": use_gpu,
             "most_workers": workers,
+            "about": logs.here(),
+            "beats": resources.watchdog_sec > 0,
             "after": checkpoints.newest(checkpoints.place(checkpoints.where(resources.checkpoint_storage, after), config.storage))
             if after
             else "",
@@ -171,6 +174,7 @@ def fit(
             failure_config=FailureConfig(max_failures=resources.max_failures, max_preemption_failures=resources.max_preemptions),  # type: ignore[call-arg]
         ),
     )
+    look.forget_workers(out)
     try:
         with _start_timeout(elastic):
             result = trainer.fit()
@@ -179,6 +183,8 @@ def fit(
             _drop_copies(str(data), resources.cache_dir)
         _raise_failed(out)
         raise
+    finally:
+        look.forget_workers(out)
     _raise_failed(out)
     checkpoints.tidy(place)
     if result.checkpoint is None:
@@ -213,9 +219,12 @@ def _worker(args: dict[str, Any]) -> None:
     from d2c_ray.training import loop
 
     out, context = Path(args["out"]), ray.train.get_context()
+    telemetry.adopt(args["about"])
     if not (out / FAILED).is_file():  # on another attempt it would only come again
+        beat = look.Beat(out, context.get_world_rank(), context.get_world_size())
         try:
-            _train(args, out)
+            with beat.beating() if args["beats"] else nullcontext():
+                _train(args, out, beat)
         except UserError as error:
             # To raise it would have Ray start the workers again.
             write_text(out / FAILED, json.dumps({"error": str(error)}))
@@ -241,7 +250,7 @@ def _drop_copies(data: str, cache_dir: str) -> None:
         ray.get(started, timeout=60)
 
 
-def _train(args: dict[str, Any], out: Path) -> None:
+def _train(args: dict[str, Any], out: Path, beat: look.Beat) -> None:
     from d2c_ray.training import loop
 
     torch.set_num_threads(args["threads"])
@@ -264,7 +273,9 @@ def _train(args: dict[str, Any], out: Path) -> None:
     def log(values: dict[str, Any]) -> None:
         if notice is not None:
             notice.paced(values["images_per_sec"])
+        beat.images = values["images"]
         if rank == 0:
+            _count(values, train.batch_size)
             with metrics.open("a") as file:
                 file.write(json.dumps(values, allow_nan=False) + "\n")
 
@@ -291,6 +302,22 @@ def _train(args: dict[str, Any], out: Path) -> None:
     else:
         with checkpoint.as_directory() as folder:
             run(Path(folder))
+
+
+# Of a training's record, what each number is called where it is monitored.
+_COUNTED = {
+    "images": "d2c_train_images", "images_per_sec": "d2c_train_images_per_second", "loss": "d2c_train_loss", "grad_norm": "d2c_train_grad_norm",
+    "data_wait_share": "d2c_train_data_wait_share", "workers": "d2c_train_workers",
+}  # fmt: skip
+
+
+def _count(values: dict[str, Any], batch_size: int) -> None:
+    for name, metric in _COUNTED.items():
+        if isinstance(values[name], int | float):  # else it is no number any more, in words
+            numbers.tell(metric, values[name])
+    numbers.tell("d2c_train_step_seconds", batch_size / values["images_per_sec"])
+    if logs.as_json():  # metrics.jsonl has it, and so has the driver's line
+        logs.say(f"{values['images']:,} images, loss {values['loss']}", rows_done=values["images"], **values)
 
 
 class _Notice:
@@ -351,7 +378,7 @@ def _while_it_works(preview: Callable[[int, Transformer], None]) -> Callable[[in
             preview(images, model)
         except Exception as error:  # no encoder, no memory, no room on the disk: a picture is not worth a training
             works = False
-            print(f"d2c: no more previews after {images} images: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+            logs.say(f"no more previews after {images} images: {type(error).__name__}: {' '.join(str(error).split())}", "warning")
 
     return tried
 

@@ -22,7 +22,7 @@ from d2c_ray.selection.baselines import NEEDS_SCORES
 METRICS = "metrics.json"
 SEEDS = ("teacher.train.seed", "score.seed", "select.seed", "train.seed", "sample.seed")
 # What a student cannot depend on: where it lies, on what it ran, how often it wrote.
-_IRRELEVANT = ("run", "resources", "report", "tracking", "storage", "arms")
+_IRRELEVANT = ("run", "resources", "report", "tracking", "log", "storage", "arms")
 _KNOBS = {f"{where}.{knob}" for where in ("train", "teacher.train") for knob in plans.TRAIN_KNOBS}
 _CPUS = ("", "cpu", "x86_64", "amd64", "aarch64", "arm64")
 # Of an evaluation record, what each network has its own of.

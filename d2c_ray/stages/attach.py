@@ -1,7 +1,6 @@
 """attach: the condensed dataset, the chosen images with their text states, vision tokens and latents."""
 
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2c_ray import rundir
+from d2c_ray import logs, rundir
 from d2c_ray.config import encoder_key, in_training
 from d2c_ray.data import attached, condensed, provenance, slices, storage, tables, whole
 from d2c_ray.distributed import attach, cluster
@@ -144,7 +143,7 @@ def _classes(job: Job, names: list[str], share: cluster.Share) -> Callable[[], N
         attached.write_classes(out, names, prompts, (states, mask))
         if cut:
             words = f"{len(cut)} prompts are longer than attach.text.tokens={options.tokens} and were cut, the first: {cut[0]!r}"
-            print(f"d2c: attach: {words}", file=sys.stderr, flush=True)
+            logs.say(f"attach: {words}", "warning")
 
     return finish
 

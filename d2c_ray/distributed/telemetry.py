@@ -1,0 +1,45 @@
+"""The numbers of `d2c_ray.metrics` through Ray, whose nodes export them to Prometheus; and what a worker works for."""
+
+from functools import cache
+from typing import Any
+
+import ray
+from ray.util import metrics as ray_metrics
+
+from d2c_ray import logs, metrics
+from d2c_ray.logs import About
+
+_SEND = {"counter": "inc", "gauge": "set", "histogram": "observe"}
+
+
+def adopt(about: About) -> None:
+    """Has this process, a worker's, speak and count for a stage."""
+    logs.adopt(about)
+    metrics.listen(_send)
+
+
+def follow() -> None:
+    """Has this process, a driver's, count too."""
+    metrics.listen(_send)
+
+
+def forget() -> None:
+    """Lets go of Ray's metrics, which belong to the Ray that has ended."""
+    metrics.listen(None)
+    _metric.cache_clear()
+
+
+def _send(name: str, value: float, tags: dict[str, str]) -> None:
+    kind = metrics.METRICS[name].kind
+    if ray.is_initialized() and not (kind == "counter" and value <= 0):  # by nothing at all, Ray lets none grow
+        getattr(_metric(name, ray.get_runtime_context().gcs_address), _SEND[kind])(value, tags)
+
+
+@cache
+def _metric(name: str, cluster: str) -> Any:
+    """The metric of one Ray: it ends with it."""
+    known = metrics.METRICS[name]
+    tags = (*metrics.TAGS, *known.tags)
+    if known.kind == "histogram":
+        return ray_metrics.Histogram(name, known.text, boundaries=list(known.boundaries), tag_keys=tags)
+    return (ray_metrics.Counter if known.kind == "counter" else ray_metrics.Gauge)(name, known.text, tag_keys=tags)

@@ -1,0 +1,440 @@
+"""What a run says and tells while it goes on: lines of JSON, numbers at Ray's Prometheus endpoint, and what a stage that stands still waits for."""
+
+import io
+import json
+import logging
+import os
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from conftest import DEBUG, ROOT
+
+from d2c_ray import cli, logs, metrics, pipeline, watch
+from d2c_ray import sweep as sweeps
+from d2c_ray.config import load
+from d2c_ray.distributed import cluster, embed, look, pool, telemetry
+from d2c_ray.distributed.actors import Sampler
+from d2c_ray.rejects import Rejects
+from d2c_ray.report import outcomes
+from d2c_ray.watch import Facts, Operator, Worker, explain
+
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+
+DASHBOARD = json.loads((ROOT / "cluster" / "grafana" / "d2c.json").read_text())
+SUFFIX = {"counter": "_total", "gauge": "", "histogram": "_bucket"}
+SMALL = ("teacher.train.num_images=64", "teacher.train.log_every=32", "score.num_timesteps=2", "resources.num_cpus=3", "resources.actors=1")
+
+
+# A run
+
+
+@dataclass
+class Run:
+    """A run of the command line, and what was seen of it while it went on.
+
+    Attributes:
+        numbers: the value last read of each metric, by name and tags.
+        workers: lines that the run's actors and training workers left in Ray's logs.
+    """
+
+    folder: Path
+    lines: list[str]
+    workers: list[str]
+    numbers: dict[tuple[str, frozenset[tuple[str, str]]], float] = field(default_factory=dict)
+
+
+def read(numbers: dict[tuple[str, frozenset[tuple[str, str]]], float]) -> None:
+    """Reads this tool's metrics as every node exports them to Prometheus."""
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=5) as page:
+            for line in page.read().decode().splitlines():
+                if line.startswith("ray_d2c_"):
+                    tags = frozenset((key, value) for key, value in re.findall(r'(\w+)="([^"]*)"', line) if key in (*metrics.TAGS, "state"))
+                    numbers[line.partition("{")[0], tags] = float(line.rsplit(" ", 1)[1])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """`d2c score configs/debug.yaml log.format=json`, with few steps, then images of its teacher and their features. Its Ray stays."""
+    ray.shutdown()
+    folder, numbers, over = tmp_path_factory.mktemp("watched"), {}, threading.Event()
+
+    def follow() -> None:
+        while not over.wait(0.3):
+            with suppress(Exception):  # before Ray is there
+                read(numbers)
+
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "200")
+        patch.setattr(pipeline, "disconnect", lambda: None)
+        patch.setattr(logging.root, "handlers", list(logging.root.handlers))
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            with redirect_stderr(said), pytest.raises(SystemExit) as end:
+                cli.main(["score", str(DEBUG), f"run.dir={folder}", "run.name=small", "log.format=json", *SMALL])
+            assert not end.value.code, said.getvalue()
+            sample_and_measure(folder / "small")
+            time.sleep(2.5)  # the nodes export once a second at the most
+        finally:
+            over.set()
+            follower.join()
+            logs.configure("plain")
+        session = Path(os.environ["D2C_RAY_TMPDIR"]) / "session_latest" / "logs"
+        workers = [line for path in session.glob("worker-*.err") for line in path.read_text().splitlines() if '"run": "small"' in line]
+        yield Run(folder / "small", said.getvalue().splitlines(), workers, numbers)
+    ray.shutdown()
+    telemetry.forget()
+    logging.captureWarnings(False)
+
+
+def sample_and_measure(folder: Path) -> None:
+    """What the stages sample and evaluate have actors do."""
+    config = load(DEBUG, SMALL)
+    share, out = cluster.share(config.resources, 1), folder / "samples"
+    model = next(folder.glob("teacher-*/model"))
+    arguments = {
+        "model": str(model), "out": str(out), "sample": config.sample, "vae": config.vae, "evaluate": config.evaluate, "networks": {}, "device": "cpu",
+        "threads": 1,
+    }  # fmt: skip
+    with logs.working_for("sample", "samples-01234567", "small"):
+        assert len(list(pool.run_pool(Sampler, arguments, [{"unit": 0, "start": 0, "stop": 8}], share))) == 1
+    progress: Any = SimpleNamespace(advance=lambda count: None)
+    with logs.working_for("evaluate", "eval-01234567", "small"):
+        work = embed.of_samples(sorted(out.glob("part-*.parquet")), folder / "measured")
+        embed.embed_images(config, work, share, Rejects("evaluate", 8, 0.0), progress)
+
+
+def values(seen: Run, name: str, **tags: str) -> list[float]:
+    return [value for (found, own), value in seen.numbers.items() if found == f"ray_{name}" and set(tags.items()) <= own]
+
+
+def test_every_line_is_an_object_that_says_what_it_is_of(run: Run) -> None:
+    said = [json.loads(line) for line in run.lines]
+    assert all({"time", "level", "run", "stage", "folder", "message"} <= set(line) for line in said)
+    assert {line["run"] for line in said} == {"small"}
+    assert {"manifest", "teacher", "score"} <= {line["stage"] for line in said}
+    last = [line for line in said if line["stage"] == "score" and line.get("rows_done") == 120][-1]
+    assert (last["rows_total"], last["unit"], last["level"]) == (120, "images", "info") and last["folder"].startswith("scores-")
+    assert (run.folder / last["folder"]).is_dir()
+    assert any(line["message"].startswith("score (student): ") for line in said), "what a command prints at its end is said too"
+    assert not [line for line in said if line["level"] != "info" and line.get("logger") != "py.warnings"], "nothing stood still"
+
+
+def test_actors_and_training_workers_say_it_the_same_way(run: Run) -> None:
+    said = [json.loads(line) for line in run.workers]
+    assert all(line["time"] > "2026" for line in said), "seconds that a line tells are not its time"
+    assert {"score", "sample", "evaluate"} <= {line["stage"] for line in said if re.match(r"\w+ loaded in [\d.]+ s", line["message"])}
+    trained = [line for line in said if "loss" in line]
+    assert [(line["stage"], line["rows_done"]) for line in trained] == [("teacher", 32), ("teacher", 64)] and all(
+        line["loss"] > 0 for line in trained
+    )
+
+
+def test_the_numbers_are_read_back_from_every_stage(run: Run) -> None:
+    assert values(run, "d2c_rows_done", run="small", stage="score") == [120.0]
+    assert values(run, "d2c_rows_total", run="small", stage="score") == [120.0]
+    assert values(run, "d2c_rows_rejected", stage="score") == [0.0]
+    assert values(run, "d2c_images_total", stage="score") == [120.0]
+    assert values(run, "d2c_images_total", stage="sample") == values(run, "d2c_images_total", stage="evaluate") == [8.0]
+    assert all(0 < share <= 1 for share in values(run, "d2c_actor_busy_share"))
+    assert values(run, "d2c_read_bytes_total", stage="score")[0] > 120 * 60
+    assert values(run, "d2c_train_images", stage="teacher")[0] in (32.0, 64.0)
+    for name in ("images_per_second", "step_seconds", "loss", "grad_norm", "workers"):
+        (value,) = values(run, f"d2c_train_{name}", stage="teacher")
+        assert value > 0, name
+    (folder,) = {value for _, own in run.numbers for key, value in own if key == "folder" and ("stage", "score") in own}
+    assert (run.folder / folder / "_SUCCESS.json").is_file(), "the tag names the stage's folder"
+
+
+def test_a_sweep_counts_its_trials(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "small" / "sweep-01234567"
+    for name, state in (("a", "done"), ("b", "running"), ("c", "running"), ("d", "failed")):
+        outcomes.write_record(
+            folder, {"id": name, "label": name, "point": {}, "seed": 0, "state": state, "error": "", "folders": {}, "reports": []}
+        )
+    plan: Any = SimpleNamespace(folder=folder.parent)
+    telemetry.follow()
+    sweeps._count(sweeps.Sweep(load(DEBUG), folder, [], plan, {}), 7, outcomes.records(folder))
+
+    def counted() -> dict[str, float]:
+        found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        read(found)
+        return {dict(own)["state"]: value for (name, own), value in found.items() if name == "ray_d2c_sweep_trials"}
+
+    until(lambda: counted() == {"waiting": 3.0, "running": 2.0, "done": 1.0, "stopped": 0.0, "failed": 1.0})
+    read(run.numbers)
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.1)
+
+
+@ray.remote
+class Holder:
+    """Takes room."""
+
+    def ready(self) -> None: ...
+
+
+def test_a_pool_that_finds_no_room_is_named_until_it_goes_on(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    holder = Holder.options(num_cpus=3).remote()  # type: ignore[attr-defined]
+    ray.get(holder.ready.remote())
+    (teacher,) = run.folder.glob("teacher-*/model")
+    options = ("resources.autoscaling=true", "resources.actors=1", "resources.watchdog_sec=1.5", "score.num_timesteps=2")
+    config = load(DEBUG, [f"run.dir={tmp_path}", f"teacher.checkpoint={teacher}", *options])
+    errors: list[BaseException] = []
+
+    def score() -> None:
+        try:
+            pipeline.run(config, "score", lambda text: None)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=score, daemon=True)
+    thread.start()
+
+    def status() -> dict[str, Any]:
+        with suppress(FileNotFoundError):
+            found = json.loads((tmp_path / "debug" / "status.json").read_text())["stages"]
+            return next(value for name, value in found.items() if name.startswith("scores-"))
+        return {}
+
+    until(lambda: errors or any("MapBatches(Scorer)" in line for line in status().get("waiting", {}).get("for", [])))
+    assert not errors, errors
+    waits = status()["waiting"]["for"]
+    assert "operator MapBatches(Scorer): 1 of 1 actor not there yet, 1 CPU each" in waits
+    assert any(re.fullmatch(r"\d+ x 1 CPU asked for: taken on \S+ \(0 of 3 CPU free\)", line) for line in waits), waits
+    assert "actors alive: 1 Holder" in waits
+    assert re.fullmatch(r"the driver stands in d2c_ray/distributed/ingest\.py:\d+ stream .*", waits[-1])
+    folder = next((tmp_path / "debug").glob("scores-*"))
+    assert json.loads((folder / "_progress.json").read_text())["waits_for"]
+    until(lambda: (read(run.numbers), values(run, "d2c_stage_stalled", folder=folder.name) == [1.0])[1])
+    ray.kill(holder)
+    thread.join(120)
+    assert not thread.is_alive() and not errors, errors
+    assert status()["state"] == "done" and "waiting" not in status()
+    said = capsys.readouterr().err
+    assert re.search(r"^d2c: score: no progress for \d+ s: operator MapBatches", said, re.MULTILINE)
+    assert "d2c: score: goes on\n" in said
+    until(lambda: (read(run.numbers), values(run, "d2c_stage_stalled", folder=folder.name) == [0.0])[1])
+
+
+def test_every_metric_was_there(run: Run) -> None:
+    """Comes after those that use the run's Ray."""
+    assert {f"ray_{name}{SUFFIX[known.kind]}" for name, known in metrics.METRICS.items()} <= {name for name, _ in run.numbers}
+
+
+# The dashboard
+
+
+def test_the_dashboard_draws_every_metric_and_no_other() -> None:
+    drawn = {
+        name for panel in DASHBOARD["panels"] for target in panel.get("targets", []) for name in re.findall(r"ray_\w+", target["expr"])
+    }
+    assert drawn == {f"ray_{name}{SUFFIX[known.kind]}" for name, known in metrics.METRICS.items()}
+    targets = " ".join(json.dumps(panel.get("targets")) for panel in DASHBOARD["panels"])
+    by_tag = re.findall(r"by \(([\w, ]+)\)", targets) + re.findall(r"\{\{(\w+)\}\}", targets)
+    tags = {*metrics.TAGS, *(tag for known in metrics.METRICS.values() for tag in known.tags), "le"}
+    assert {tag.strip() for group in by_tag for tag in group.split(",")} <= tags
+
+
+def test_grafana_can_load_the_dashboard() -> None:
+    assert DASHBOARD["uid"] == "d2c-ray" and DASHBOARD["title"] and DASHBOARD["schemaVersion"] >= 36
+    numbers = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(numbers)) == len(numbers)
+    variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
+    assert (variables["datasource"]["type"], variables["datasource"]["query"]) == ("datasource", "prometheus")
+    places = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
+        assert not cells & places, panel["title"]
+        places |= cells
+        if panel["type"] == "row":
+            continue
+        assert panel["targets"] and panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+        for target in panel["targets"]:
+            assert target["expr"].count("(") == target["expr"].count(")")
+            assert set(re.findall(r'"\$(\w+)"', target["expr"])) <= set(variables)
+
+
+def test_names_say_what_they_are_in() -> None:
+    for name, known in metrics.METRICS.items():
+        assert re.fullmatch(r"d2c_[a-z0-9_]+", name) and not name.endswith("_total_total") and known.text.endswith(".")
+        assert (known.kind == "histogram") == bool(known.boundaries)
+
+
+# Lines
+
+
+def test_people_get_the_lines_they_always_got(capsys: pytest.CaptureFixture) -> None:
+    logs.say("starting Ray", rows_done=3)
+    with logs.results():
+        print("a table")
+    assert capsys.readouterr() == ("a table\n", "d2c: starting Ray\n")
+
+
+def test_a_mistake_is_an_object_too(capsys: pytest.CaptureFixture) -> None:
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["run", str(DEBUG), "train.lrr=3", "log.format=json"])
+    finally:
+        logs.configure("plain")
+        logging.captureWarnings(False)
+    assert end.value.code == 2
+    said = json.loads(capsys.readouterr().err)
+    assert said["level"] == "error" and said["message"].startswith("unknown configuration key 'train.lrr'")
+
+
+def test_lines_of_libraries_take_the_same_shape() -> None:
+    made = logging.LogRecord("ray.data", logging.WARNING, "file.py", 3, "%d blocks\nare late", (4,), None)
+    said = json.loads(logs.Formatter().format(made))
+    assert (said["level"], said["message"], said["logger"]) == ("warning", "4 blocks\nare late", "ray.data")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", said["time"])
+
+
+# What is waited for, of Ray's own answers
+
+HEAD, GPU = "e685ea6c3c3db67c608a940177631471c3e878acd9c1004d95a5941f", "99c1fd6c3c3db67c608a940177631471c3e878acd9c1004d95a50000"
+
+
+def node(name: str, alive: bool = True, reason: str = "", **resources: float) -> dict[str, Any]:
+    """As ray.nodes() gives it."""
+    return {
+        "NodeID": name, "Alive": alive, "NodeManagerAddress": "10.0.0.1", "NodeManagerHostname": "vm", "MetricsExportPort": 45059, "DeathReason": 0,
+        "DeathReasonMessage": reason, "alive": alive, "Labels": {"ray.io/node-id": name},
+        "Resources": {"node:10.0.0.1": 1.0, "object_store_memory": 7462581043.0, "memory": 17412689101.0, **resources} if alive else {},
+    }  # fmt: skip
+
+
+def actor(name: str, state: str) -> dict[str, Any]:
+    """As the head's actor table gives it."""
+    return {
+        "ActorID": "55fd629c125a6986ce1f273701000000", "ActorClassName": name, "IsDetached": False, "Name": "", "JobID": "01000000",
+        "Address": {"IPAddress": "", "Port": 0, "NodeID": HEAD}, "State": state, "NumRestarts": 0, "Pid": 0,
+    }  # fmt: skip
+
+
+GROUP = {
+    "placement_group_id": "7e81f9c268f0922fe75d1e4d724f01000000", "name": "", "bundles": {0: {"GPU": 1.0, "CPU": 1.0}, 1: {"GPU": 1.0, "CPU": 1.0}},
+    "bundles_to_node_id": {0: "", 1: ""}, "strategy": "PACK", "state": "PENDING",
+    "stats": {"end_to_end_creation_latency_ms": 0.0, "scheduling_latency_ms": 0.0, "scheduling_attempt": 1, "scheduling_state": "INFEASIBLE"},
+}  # fmt: skip
+ALONE = Facts(nodes=[node(HEAD, CPU=2.0)], free={HEAD: {"CPU": 0.0, "memory": 17412689101.0}})
+
+
+def test_an_operator_whose_actors_find_no_gpu() -> None:
+    operators = [
+        Operator("MapBatches(_decode)", 0, 5, asks={"CPU": 1.0}),
+        Operator("MapBatches(Scorer)", 0, 3, True, 0, 2, 0, {"CPU": 1.0, "GPU": 1.0}, after="MapBatches(_decode)"),
+    ]
+    facts = replace(
+        ALONE,
+        operators=operators,
+        actors=[actor("MapWorker(MapBatches(Scorer))", "PENDING_CREATION")],
+        demands=[({"CPU": 1.0, "GPU": 1.0}, 2)],
+    )
+    assert explain(facts, "d2c_ray/distributed/ingest.py:129 stream (in wait)") == [
+        "operator MapBatches(_decode): 5 blocks queued, and no task runs (1 CPU each)",
+        "operator MapBatches(Scorer): 2 of 2 actors not there yet, 1 CPU and 1 GPU each",
+        "2 x 1 CPU and 1 GPU asked for: none of 1 node has 1 GPU",
+        "the driver stands in d2c_ray/distributed/ingest.py:129 stream (in wait)",
+    ]
+
+
+def test_a_training_whose_workers_find_no_room() -> None:
+    assert explain(replace(ALONE, placement_groups=[GROUP, {**GROUP, "state": "CREATED"}, {**GROUP, "state": "REMOVED"}])) == [
+        "placement group 7e81f9c2 (2 x 1 CPU and 1 GPU, PACK) waits: none of 1 node has 1 GPU"
+    ]
+
+
+def test_room_that_others_have_taken() -> None:
+    facts = replace(
+        ALONE,
+        actors=[actor("Blocker", "ALIVE"), actor("Sampler", "PENDING_CREATION"), actor("Sampler", "DEAD")],
+        demands=[({"CPU": 1.0}, 1)],
+    )
+    assert explain(facts) == [
+        "1 actor Sampler: waiting to be placed, or loading",
+        f"1 x 1 CPU asked for: taken on 10.0.0.1/{HEAD[:8]} (0 of 2 CPU free)",
+        "actors alive: 1 Blocker",
+    ]
+
+
+def test_a_node_that_died_and_actors_that_start_again() -> None:
+    operators = [Operator("MapBatches(Scorer)", 2, 1, True, 1, 0, 1, {"CPU": 1.0})]
+    facts = replace(ALONE, operators=operators, nodes=[*ALONE.nodes, node(GPU, False, "received SIGTERM")], operators_age=75.0)
+    assert explain(facts) == [
+        "operator MapBatches(Scorer): 1 actor being started again",
+        "operator MapBatches(Scorer): 2 tasks not finished, 1 block behind them",
+        "Ray Data has not turned its operators for 75 s",
+        f"node 10.0.0.1/{GPU[:8]} is dead: received SIGTERM",
+    ]
+
+
+def test_a_training_worker_that_the_others_wait_for() -> None:
+    workers = [
+        Worker(0, "a", "d2c_ray/training/loop.py:190 train", 64, 3.0), Worker(1, "b", "d2c_ray/training/prefetch.py:40 take", 64, 4.0),
+        Worker(2, "c", "d2c_ray/training/loop.py:190 train", 64, 3.0), Worker(3, "d", "d2c_ray/training/loop.py:190 train", 64, 300.0),
+    ]  # fmt: skip
+    assert explain(Facts(workers=workers, num_workers=5)) == [
+        "training workers that have not reported: rank 4 of 5",
+        "training worker of rank 3 on d is silent for 300 s, last in d2c_ray/training/loop.py:190 train",
+        "training workers in d2c_ray/training/prefetch.py:40 take: rank 1",
+        "training workers in d2c_ray/training/loop.py:190 train: rank 0, rank 2",
+    ]
+
+
+def test_training_workers_say_where_they_stand_until_the_training_is_over(tmp_path: Path) -> None:
+    def work(rank: int, workers: int) -> None:
+        beat = look.Beat(tmp_path, rank, workers)
+        beat.images = 64
+        with beat.beating():
+            until(lambda: any(said.rank == rank for said in look._workers(tmp_path / look.WORKERS)[0]), 5)
+
+    work(2, 3)
+    work(0, 2)  # another attempt, with fewer
+    (worker,), whole = look._workers(tmp_path / look.WORKERS)
+    assert (worker.rank, worker.images, whole) == (0, 64, 2) and worker.seconds_ago < 5
+    assert explain(Facts(workers=[worker], num_workers=whole))[0] == "training workers that have not reported: rank 1 of 2"
+    look.forget_workers(tmp_path)
+    assert look._workers(tmp_path / look.WORKERS) == ([], 0)
+
+
+def test_nothing_is_said_while_there_is_progress_and_a_head_that_is_gone_is(capsys: pytest.CaptureFixture) -> None:
+    def gone() -> Facts:
+        raise ConnectionError("no answer")
+
+    told: list[list[str]] = []
+    about = logs.About("small", "score", "scores-00000000")
+    with watch.stage(about, 0.4, told.append, gone):
+        for done in range(8):
+            watch.heard(about.folder, done, "score")
+            time.sleep(0.1)
+        assert not told and not watch.waits_for(about.folder)
+        until(lambda: told, 5)
+        assert watch.waits_for(about.folder)[0] == "Ray could not be asked (ConnectionError: no answer)"
+        watch.heard(about.folder, 9, "score")
+        until(lambda: told[-1] == [], 5)
+    said = capsys.readouterr().err
+    assert said.count("no progress for") == 1 and said.count("score: goes on") == 1
+    with watch.stage(about, 0.0, told.append, gone):
+        assert not watch._stages, "0 switches it off"
