@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, shown
 
 COMMANDS = {
     "run": (
@@ -184,7 +184,7 @@ def explain(
     plan = pipeline.finished(load(config, overrides or []), "select", say=_say)
     from d2c_ray.report import explain
 
-    print("\n".join(explain.lines(plan, key)))
+    print(shown("\n".join(explain.lines(plan, key))))
 
 
 @_command("verify")
@@ -200,9 +200,9 @@ def verify(
     for folder in dict.fromkeys(folders.values()):
         found = check(folder, images)
         for note in found.notes:
-            print(f"note: {note}")
+            print(f"note: {shown(note)}")
         for fault in found.faults:
-            print(f"wrong: {fault}")
+            print(f"wrong: {shown(fault)}")
         print(f"{f'{len(found.faults)} wrong' if found.faults else 'all right'}: {folder}: {found.summary()}")
         wrong |= bool(found.faults)
     if wrong:
@@ -314,7 +314,7 @@ def evaluate(
         max_pixels=max_pixels,
         save_statistics=save_statistics,
     )
-    print("\n".join(image_sets.lines(found)))
+    print(shown("\n".join(image_sets.lines(found))))
     if save_statistics:
         print(f"statistics of the reference in {found['record']['network']}: {save_statistics}")
     if out:
@@ -360,7 +360,7 @@ def compare(
 
         print(json.dumps(compare.to_json(found), indent=1))
     else:
-        print("\n".join(compare.lines(found)))
+        print(shown("\n".join(compare.lines(found))))
 
 
 @_command("sweep")
@@ -520,7 +520,7 @@ def _run(path: str, overrides: list[str] | None, upto: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"d2c: {text}", file=sys.stderr, flush=True)
+    print(f"d2c: {shown(text)}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -539,7 +539,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(error: UserError) -> None:
-    print(f"d2c: {error}", file=sys.stderr)
+    print(f"d2c: {shown(str(error))}", file=sys.stderr)
     sys.exit(2)
 
 
