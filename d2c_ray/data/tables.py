@@ -144,6 +144,22 @@ def read(paths: Path | Iterable[Path], columns: list[str] | None = None) -> pa.T
     return pa.concat_tables(tables)
 
 
+def rows_of(paths: Iterable[Path], sample_ids: np.ndarray) -> pa.Table:
+    """The rows of some images, one file at a time in memory.
+
+    Args:
+        paths: of a table whose sample_ids ascend over all of them. sample_ids: ascending.
+    """
+    found: list[pa.Table] = []
+    for path in paths:
+        table = read(path)
+        ids = table.column("sample_id").to_numpy()
+        wanted = sample_ids[slice(*np.searchsorted(sample_ids, (ids[0], ids[-1] + 1)))] if len(ids) else ids
+        if len(wanted) or not found:
+            found.append(table.filter(pa.array(np.isin(ids, wanted, assume_unique=True))))
+    return pa.concat_tables(found)
+
+
 def metadata(path: Path) -> dict[str, Any]:
     """What `write` stored beside the rows."""
     return json.loads(pq.read_schema(path).metadata[METADATA])
