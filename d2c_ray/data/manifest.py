@@ -528,7 +528,9 @@ def _scan_parquet_file(entry: Entry, source: Source, data: DataConfig, options: 
     return _rows(
         {
             # Row numbers are zero-padded so that key order is file order.
-            "key": [f"{entry.name}#{row:09d}" for row in range(total)],
+            "key": pc.binary_join_element_wise(
+                f"{entry.name}#", pc.utf8_lpad(pc.cast(pa.array(np.arange(total)), pa.string()), 9, "0"), ""
+            ),
             "label": labels,
             "uri": pa.repeat(pa.scalar(entry.name), total),
             "row_group": np.repeat(np.arange(len(counts)), counts),
