@@ -3,10 +3,13 @@
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import ray
+from ray._private import ray_constants
 
 from d2c_ray.config import ResourcesConfig
 from d2c_ray.errors import UserError
@@ -60,18 +63,35 @@ def connect(resources: ResourcesConfig, dashboard: bool = False) -> None:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             # A machine of one's own is not taken away, and the watcher is a process more that starts with every training.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            ray.init(
-                address="local",
-                num_cpus=resources.num_cpus or cores() + LIGHT_CPUS,
-                include_dashboard=dashboard,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                _temp_dir=temp_dir,
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=resources.num_cpus or cores() + LIGHT_CPUS,
+                    include_dashboard=dashboard,
+                    dashboard_host="127.0.0.1",
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    _temp_dir=temp_dir,
+                )
     except ConnectionError as error:
         raise UserError(
             f"resources.address={resources.address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Leave it empty for a local one."
         ) from error
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts meanwhile listens to this machine alone, as Ray's own default is on macOS and Windows.
+
+    Elsewhere it takes the machine's outer address even where the inner one is asked for (`_node_ip_address`), and its processes
+    then listen to everybody.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _answers(address: str) -> None:
