@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from d2c_ray import logs
-from d2c_ray.errors import Stopped, UserError
+from d2c_ray.errors import Stopped, UserError, shown
 
 COMMANDS = {
     "run": (
@@ -208,7 +208,7 @@ def explain(
     plan = pipeline.finished(_load(config, overrides), "select", say=_say)
     from d2c_ray.report import explain
 
-    print("\n".join(explain.lines(plan, key)))
+    print(shown("\n".join(explain.lines(plan, key))))
 
 
 @_command("verify")
@@ -224,9 +224,9 @@ def verify(
     for folder in dict.fromkeys(folders.values()):
         found = check(folder, images)
         for note in found.notes:
-            print(f"note: {note}")
+            print(f"note: {shown(note)}")
         for fault in found.faults:
-            print(f"wrong: {fault}")
+            print(f"wrong: {shown(fault)}")
         print(f"{f'{len(found.faults)} wrong' if found.faults else 'all right'}: {folder}: {found.summary()}")
         wrong |= bool(found.faults)
     if wrong:
@@ -337,7 +337,7 @@ def evaluate(
         max_pixels=max_pixels,
         save_statistics=save_statistics,
     )
-    print("\n".join(image_sets.lines(found)))
+    print(shown("\n".join(image_sets.lines(found))))
     if save_statistics:
         print(f"statistics of the reference in {found['record']['network']}: {save_statistics}")
     if out:
@@ -383,7 +383,7 @@ def compare(
 
         print(json.dumps(compare.to_json(found), indent=1))
     else:
-        print("\n".join(compare.lines(found)))
+        print(shown("\n".join(compare.lines(found))))
 
 
 @_command("sweep")
@@ -681,7 +681,7 @@ def _print_results(plan: Any, upto: str) -> None:
 
 
 def _say(text: str) -> None:
-    logs.say(text)
+    logs.say(shown(text))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -708,7 +708,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _fail(error: UserError) -> None:
-    logs.say(str(error), "error")
+    logs.say(shown(str(error)), "error")
     sys.exit(2)
 
 

@@ -681,17 +681,7 @@ def check(config: Config) -> None:
             raise UserError(
                 f"attach.text.template='{template}' cannot be filled in ({error!r}); {{name}} and {{first}} are the only fields."
             ) from None
-    for key in ("tracking.mlflow_uri", "storage.endpoint"):
-        if "@" in get(config, key).partition("://")[2].partition("/")[0]:
-            # It would be written into config.yaml and sent to trackers.
-            how = (
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-                if "mlflow" in key
-                else "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            )
-            raise UserError(
-                f"{key} holds a user name or a password, which a configuration is no place for; {how} in the environment would do."
-            )
+    _check_no_credentials(to_dict(config))
     if not config.storage.timeout_sec > 0:
         raise UserError(f"storage.timeout_sec={config.storage.timeout_sec} must be above 0.")
     if config.score.cache_latents and not config.vae.path:
@@ -716,6 +706,23 @@ def check(config: Config) -> None:
     _check_sample(config)
     _check_networks(config)
     arm_configs(config) if config.arms else None
+
+
+# Where a service looks for what a URL could hold as well.
+_CREDENTIALS = {
+    "tracking.mlflow_uri": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    "storage.endpoint": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+}
+
+
+def _check_no_credentials(values: Any, key: str = "") -> None:
+    """Refuses a URL with a user name or a password in any field: it would be written into config.yaml and cards, and sent to trackers."""
+    if isinstance(values, dict | list | tuple):
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            _check_no_credentials(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, str) and "@" in values.partition("://")[2].partition("/")[0]:
+        how = f"; {_CREDENTIALS[key]} in the environment would do" if key in _CREDENTIALS else ""
+        raise UserError(f"{key} holds a user name or a password, which a configuration is no place for{how}.")
 
 
 def _check_sample(config: Config) -> None:

@@ -19,3 +19,12 @@ def nearest(word: str, known: list[str]) -> str:
 
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def shown(text: str) -> str:
+    """Text for a terminal: what would steer it, in a key or a name that others chose, is written out instead."""
+    import unicodedata
+
+    return "".join(
+        char.encode("unicode_escape").decode() if unicodedata.category(char)[0] == "C" and char not in "\n\t" else char for char in text
+    )

@@ -8,6 +8,7 @@ runs/<name>/  config.yaml  plan.json  status.json
 import json
 import os
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +68,27 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_own(folder: Path, what: str, elsewhere: str, secret: bool) -> None:
+    """Refuses a folder of a place that is everyone's, such as /tmp, that others could have put something into.
+
+    Args:
+        what: is in it, for the message. elsewhere: a sentence, what to do about it. secret: whether others must not look into it either.
+
+    Raises:
+        UserError: it is a link, somebody else's, or open to others.
+    """
+    found = folder.lstat()
+    if stat.S_ISLNK(found.st_mode) or not stat.S_ISDIR(found.st_mode):
+        wrong = "is a link or no folder"
+    elif found.st_uid != os.getuid():
+        wrong = f"belongs to the user number {found.st_uid}"
+    elif found.st_mode & (0o077 if secret else 0o022):
+        wrong = f"is open to other users (mode {stat.S_IMODE(found.st_mode):o}; chmod 700 closes it)"
+    else:
+        return
+    raise UserError(f"{folder}, for {what}, {wrong}. Name a folder of your own: {elsewhere}")
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,17 @@ def test_a_resume_with_other_units_asks_for_what_is_missing_only(tmp_path: Path)
     assert opened(tmp_path / "t").todo(1) == []
 
 
+def test_units_are_asked_for_some_shards_at_a_time(tmp_path: Path) -> None:
+    ledger = opened(tmp_path / "t")
+    turns = []
+    while units := ledger.todo(4, 4):
+        turns.append([unit["shard"] for unit in units])
+        work(ledger, units)
+    assert turns == [[0, 0, 0, 1, 1, 1], [2]]
+    ledger.close()
+    assert whole(tmp_path / "t") == EXPECTED
+
+
 class Killed(BaseException):
     pass
 

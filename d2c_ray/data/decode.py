@@ -8,6 +8,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 # The limit of decode() replaces PIL's, which warns at one size and raises at another.
 Image.MAX_IMAGE_PIXELS = None
+# PIL knows some forty formats, many of them hardly ever read. EPS is a program, which it gives to Ghostscript to run.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 class Undecodable(ValueError):
@@ -56,7 +58,7 @@ def _opened(content: bytes, read: Callable[[Image.Image], np.ndarray]) -> np.nda
     if not content:
         raise Undecodable("empty: 0 bytes")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return read(image)
     except UnidentifiedImageError:
         raise Undecodable(f"no known image format in {len(content)} bytes") from None

@@ -18,7 +18,8 @@ from typing import IO, Any
 import pyarrow.parquet as pq
 from PIL import Image
 
-from d2c_ray.data import provenance, storage
+from d2c_ray.data import provenance, storage, tables
+from d2c_ray.data.decode import FORMATS
 from d2c_ray.errors import UserError, nearest
 from d2c_ray.models.hub import first_line
 from d2c_ray.rundir import SUCCESS, UMASK, whole
@@ -52,7 +53,7 @@ class Row:
     def extension(self) -> str:
         """By the bytes, not by what the key says."""
         try:
-            with Image.open(io.BytesIO(self.image)) as image:
+            with Image.open(io.BytesIO(self.image), formats=FORMATS) as image:
                 return _EXTENSIONS.get(image.format or "", (image.format or "bin").lower())
         except Exception as error:
             raise UserError(
@@ -121,7 +122,7 @@ def _rows(folder: Path, names: list[str], with_images: bool = True) -> Iterator[
                 missing = [name for name in wanted if name not in file.schema_arrow.names]
                 if missing:
                     raise UserError(f"'{part}' has no column '{missing[0]}': nothing to export.")
-                for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
+                for batch in file.iter_batches(tables.rows_at_once(file, wanted, _BATCH_ROWS), columns=wanted):
                     for row in batch.to_pylist():
                         label, sample_id = row["label"], row["sample_id"]
                         if before is not None and sample_id <= before:  # files are named by it

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from d2c_ray.data import npz
+from d2c_ray.data import npz, tables
 from d2c_ray.data.decode import Undecodable, centre_crop, decode, decode_whole
 from d2c_ray.errors import UserError
 from d2c_ray.rundir import PROGRESS
@@ -154,9 +154,9 @@ def _of_folder(path: Path) -> ImageSet:
         return _of_parquet(path, parts)
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file())
     if not files:
-        tables = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith("."))
-        if tables:
-            return _of_parquet(path, tables)
+        others = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith("."))
+        if others:
+            return _of_parquet(path, others)
         raise UserError(f"no images in '{path}'; {WOULD_DO}.")
     inner = [file.relative_to(path) for file in files]
     classes = sorted({name.parts[0] for name in inner}) if all(len(name.parts) > 1 for name in inner) else []
@@ -219,7 +219,8 @@ def _of_parquet(path: Path, files: list[Path]) -> ImageSet:
     def items() -> Iterator[Item]:
         for file in files:
             row = 0
-            for some in pq.ParquetFile(file).iter_batches(ROWS, columns=wanted):
+            opened = pq.ParquetFile(file)
+            for some in opened.iter_batches(tables.rows_at_once(opened, wanted, ROWS), columns=wanted):
                 table = pa.table(some)
                 named = table.column(names).to_pylist() if names else [f"{file.name}#{row + i}" for i in range(len(table))]
                 labels = table.column(label).to_pylist() if label else [-1] * len(table)

@@ -67,9 +67,9 @@ class Ledger:
         """Where a finished shard lies."""
         return self.out / f"part-{shard:06d}.parquet"
 
-    def todo(self, rows_per_unit: int) -> list[dict[str, Any]]:
-        """Units that cover the rows that are not there."""
-        return cut((shard for shard in self._shards.values() if shard.number not in self._whole), rows_per_unit, self._runs)
+    def todo(self, rows_per_unit: int, most: int = 0) -> list[dict[str, Any]]:
+        """Units that cover the rows that are not there, those of the first shards where `most` (0: all) do not cover them all."""
+        return cut((shard for shard in self._shards.values() if shard.number not in self._whole), rows_per_unit, self._runs, most)
 
     def rejected(self) -> list[dict[str, str]]:
         """The rejected rows of all that is there."""

@@ -33,6 +33,9 @@ _END_BYTES = 65_536  # of each end of an archive, in the fingerprint
 _WINDOW = 8 << 20  # bytes a request while the headers of a remote tar are walked
 _FILES_AHEAD = 8  # remote files read at once
 _FOLDER_ROWS = 65_536  # rows of class folders a table
+_LABEL_BYTES = 1 << 20  # of a .cls or .json member, which is read whole
+_MOST_LABEL = 10_000_000  # counts, names and quotas are held for every label up to the largest
+_SURE_ROWS = 1_000_000  # of a Parquet file: so many may take no room in it
 _LOCATION = ("uri", "offset", "length", "row_group", "row")
 
 T = TypeVar("T")
@@ -326,12 +329,15 @@ def _rows(columns: dict[str, Any]) -> pa.Table:
     count = len(columns["key"])
     none = {"offset": -1, "length": -1, "row_group": -1, "row": -1}
     types = tables.arrow_schema(schema.MANIFEST)
-    return pa.table(
-        {
-            name: pa.array(columns[name] if name in columns else np.full(count, none[name]), types.field(name).type)
-            for name in ("key", "label", *_LOCATION)
-        }
-    )
+    try:
+        return pa.table(
+            {
+                name: pa.array(columns[name] if name in columns else np.full(count, none[name]), types.field(name).type)
+                for name in ("key", "label", *_LOCATION)
+            }
+        )
+    except UnicodeEncodeError as error:
+        raise UserError(f"the file name {error.object!r} is no UTF-8, and a key has to be. Rename the file.") from None
 
 
 def _scan_folder(source: Source, data: DataConfig, options: StorageConfig, listing: Listing, progress: Any) -> Iterator[pa.Table]:
@@ -403,9 +409,9 @@ def _scan_tar(entry: Entry, source: Source, data: DataConfig, options: StorageCo
                     )
                 images[sample] = (name, offset, length)
             elif extension == "cls" and data.label_column:
-                labels[sample] = _class_label(read(offset, offset + length), uri, name)
+                labels[sample] = _class_label(_small(read, offset, length, uri, name), uri, name)
             elif extension == "json" and data.label_column and sample not in labels:
-                label = _json_label(read(offset, offset + length), data.label_column, uri, name)
+                label = _json_label(_small(read, offset, length, uri, name), data.label_column, uri, name)
                 if label is not None:
                     labels[sample] = label
                 passed_over += label is None
@@ -423,22 +429,36 @@ def _scan_tar(entry: Entry, source: Source, data: DataConfig, options: StorageCo
     return table, passed_over
 
 
+def _small(read: Callable[[int, int], bytes], offset: int, length: int, uri: str, name: str) -> bytes:
+    """A member that holds a label."""
+    if length > _LABEL_BYTES:
+        raise UserError(f"'{uri}': '{name}' has {length:,} bytes; a label takes {_LABEL_BYTES:,} at most.")
+    return read(offset, offset + length)
+
+
 def _class_label(content: bytes, uri: str, name: str) -> int:
     try:
-        return int(content)
+        return _in_range(int(content), uri)
     except ValueError:
         raise UserError(f"'{uri}': '{name}' holds {content[:40]!r}; an integer label would do.") from None
+
+
+def _in_range(label: int, uri: str) -> int:
+    """A label, for which there is room: -1 to _MOST_LABEL - 1."""
+    if not -1 <= label < _MOST_LABEL:
+        raise UserError(f"'{uri}' holds the label {label}; numbers from 0 to {_MOST_LABEL - 1:,} would do, -1 for none.")
+    return label
 
 
 def _json_label(content: bytes, column: str, uri: str, name: str) -> int | None:
     try:
         values = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"'{uri}': '{name}' is no JSON: {content[:40]!r}.") from None
     label = values.get(column) if isinstance(values, dict) else None
     if label is not None and (not isinstance(label, int) or isinstance(label, bool)):
         raise UserError(f"'{uri}': '{name}' holds {column}={label!r}; an integer label would do (data.label_column names the field).")
-    return label
+    return label if label is None else _in_range(label, uri)
 
 
 class _reader:
@@ -480,7 +500,8 @@ def _scan_parquet(source: Source, data: DataConfig, options: StorageConfig, list
 def _scan_parquet_file(entry: Entry, source: Source, data: DataConfig, options: StorageConfig) -> tuple[pa.Table, list[str]]:
     uri = storage.join(source.root, entry.name)
     try:
-        file = pq.ParquetFile(storage.open_file(uri, options))
+        handle = storage.open_file(uri, options)
+        file = pq.ParquetFile(handle)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"'{uri}' is no readable Parquet file: {str(error).splitlines()[0]}") from error
     with file:
@@ -488,6 +509,10 @@ def _scan_parquet_file(entry: Entry, source: Source, data: DataConfig, options: 
         _check_columns(uri, found, data)
         counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         total = sum(counts)
+        if total > max(_SURE_ROWS, handle.size()):  # a label said once for all of them takes no room, but every row takes some here
+            raise UserError(
+                f"'{uri}' says that it holds {total:,} images in {handle.size():,} bytes, which no file does. Leave it out (data.pattern)."
+            )
         labels = np.full(total, -1, np.int32)
         if data.label_column:
             column = file.read(columns=[data.label_column]).column(0)
@@ -498,17 +523,20 @@ def _scan_parquet_file(entry: Entry, source: Source, data: DataConfig, options: 
                 raise UserError(
                     f"'{uri}': column '{data.label_column}' holds {values.dtype} or labels below -1; integers from 0 would do, -1 for none."
                 )
+            _in_range(int(values.max(initial=-1)), uri)
             labels = values.astype(np.int32)
     return _rows(
         {
             # Row numbers are zero-padded so that key order is file order.
-            "key": [f"{entry.name}#{row:09d}" for row in range(total)],
+            "key": pc.binary_join_element_wise(
+                f"{entry.name}#", pc.utf8_lpad(pc.cast(pa.array(np.arange(total)), pa.string()), 9, "0"), ""
+            ),
             "label": labels,
             "uri": pa.repeat(pa.scalar(entry.name), total),
             "row_group": np.repeat(np.arange(len(counts)), counts),
             "row": np.concatenate([np.arange(count) for count in counts]) if counts else np.zeros(0, np.int32),
         }
-    ), _names_of(found, data)
+    ), _names_of(uri, found, data)
 
 
 _SCANS: dict[str, Callable[..., Iterator[pa.Table]]] = {
@@ -551,15 +579,22 @@ def _check_columns(uri: str, found: pa.Schema, data: DataConfig) -> None:
         )
 
 
-def _names_of(found: pa.Schema, data: DataConfig) -> list[str]:
+def _names_of(uri: str, found: pa.Schema, data: DataConfig) -> list[str]:
     """Class names a Parquet file carries: ours, or the ClassLabel that dataset hubs write into the schema."""
     stored = found.metadata or {}
-    if tables.METADATA in stored:
-        return json.loads(stored[tables.METADATA]).get("classes", [])
-    if b"huggingface" in stored:
-        features = json.loads(stored[b"huggingface"]).get("info", {}).get("features", {})
-        return list(features.get(data.label_column, {}).get("names", []))
-    return []
+    try:
+        if tables.METADATA in stored:
+            names = json.loads(stored[tables.METADATA]).get("classes", [])
+        else:
+            features = json.loads(stored.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+            names = features.get(data.label_column, {}).get("names", [])
+    except (ValueError, AttributeError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"'{uri}': the class names in its metadata cannot be read. A file of names would do (data.classes), once they are taken out."
+        )
+    return names
 
 
 def root(data: DataConfig, options: StorageConfig, kind: str | None = None) -> str:
@@ -613,5 +648,5 @@ def _row_group(uri: str, group: int, column: str, options: StorageConfig) -> pa.
     if _last_group is None or _last_group[0] != (uri, group, column):
         _last_group = None
         with pq.ParquetFile(storage.open_file(uri, options)) as file:
-            _last_group = (uri, group, column), file.read_row_group(group, columns=[column]).column(0)
+            _last_group = (uri, group, column), tables.read_column(file, group, column, uri)
     return _last_group[1]

@@ -11,7 +11,6 @@ import math
 import mmap
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ import pyarrow.parquet as pq
 from d2c_ray.config import StorageConfig
 from d2c_ray.data import storage, tables
 from d2c_ray.errors import UserError
-from d2c_ray.rundir import write_json
+from d2c_ray.rundir import check_own, write_json
 
 STATE = "state.json"
 FORMAT = 1  # of the copy; another one never meets this one's files
@@ -152,7 +151,7 @@ class NodeCache:
         try:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             if self._private:
-                _check_private(root)
+                check_own(root, "copies of condensed datasets", ELSEWHERE, secret=True)
             lock.acquire()
         except (OSError, NotImplementedError) as error:  # the latter of a file system without locks
             why = getattr(error, "strerror", None) or error
@@ -176,7 +175,7 @@ class NodeCache:
         """The finished column, or None."""
         if self._done().get(name) != len(self._parts) or not self._sized(name, kind):
             return None
-        return np.load(self._path(name), mmap_mode="r")
+        return np.load(self._path(name), mmap_mode="r", allow_pickle=False)
 
     def _sized(self, name: str, kind: Kind) -> bool:
         """Whether the column's file is of the size and kind it must have; a foreign or truncated one is not gone on with."""
@@ -282,20 +281,6 @@ def _runs(part: Part, content: pa.Buffer, kinds: dict[str, Kind]) -> Iterator[tu
                 at += len(batch)
     except (pa.ArrowException, OSError) as error:  # only Parquet's own: what the caller does between two runs is not raised in here
         raise unreadable(part.uri, error) from None
-
-
-def _check_private(root: Path) -> None:
-    """Refuses a folder that others could have put something into, or can look into."""
-    found = root.lstat()
-    if stat.S_ISLNK(found.st_mode) or not stat.S_ISDIR(found.st_mode):
-        what = "is a link or no folder"
-    elif found.st_uid != os.getuid():
-        what = f"belongs to the user number {found.st_uid}"
-    elif found.st_mode & 0o077:
-        what = f"is open to other users (mode {stat.S_IMODE(found.st_mode):o}; chmod 700 closes it)"
-    else:
-        return
-    raise UserError(f"{root}, for copies of condensed datasets, {what}. Name a folder of your own: {ELSEWHERE}")
 
 
 def unreadable(uri: str, error: Exception) -> UserError:

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from d2c_ray.data import tables
 from d2c_ray.data.decode import encode_png
+from d2c_ray.rundir import check_own
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -18,7 +19,10 @@ def digits_folder() -> Path:
 
     In the layout of dataset hubs (image struct<bytes, path>, label int64), so that they take the same path as other data.
     """
-    path = Path(tempfile.gettempdir()) / f"d2c_ray-cache-{os.getuid()}" / "digits" / "digits.parquet"
+    root = Path(tempfile.gettempdir()) / f"d2c_ray-cache-{os.getuid()}"
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_own(root, "the embedded images", "TMPDIR names another place for it.", secret=False)
+    path = root / "digits" / "digits.parquet"
     if not path.is_file():
         from sklearn.datasets import load_digits
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from d2c_ray.errors import UserError
 from d2c_ray.rundir import whole
 
 _TYPES = {
@@ -21,6 +22,9 @@ _TYPES = {
     "float64": pa.float64(),
 }
 METADATA = b"d2c"
+# Of files that others wrote. A column of a value that is said a million times takes next to nothing in a file, and its rows take all of it each.
+_AT_ONCE_BYTES = 1 << 30
+_UNPACKED_BYTES, _UNPACKED_TIMES = 1 << 30, 100
 
 
 def arrow_schema(columns: dict[str, str], tensors: Mapping[str, tuple[str, Sequence[int]]] | None = None, lists: int = 0) -> pa.Schema:
@@ -76,6 +80,47 @@ def columns(path: Path) -> list[str]:
     return pq.read_schema(path).names
 
 
+def rows_at_once(file: pq.ParquetFile, columns: Sequence[str], most: int) -> int:
+    """Up to `most` rows of a file, fewer where as many of its largest possible value would not fit into memory: for `iter_batches`."""
+    groups = range(file.metadata.num_row_groups)
+    largest = max((_stored(file, group, columns)[1] for group in groups), default=0)  # no value is larger than what stores all of them
+    return max(1, min(most, _AT_ONCE_BYTES // max(1, largest)))
+
+
+def read_column(file: pq.ParquetFile, group: int, name: str, where: str) -> pa.ChunkedArray:
+    """A column of a row group of somebody's file, called `where` in an error.
+
+    Raises:
+        UserError: it unpacks to far more than the file holds.
+    """
+    stored, unpacked = _stored(file, group, [name])
+    limit = max(_UNPACKED_BYTES, _UNPACKED_TIMES * stored)
+    chunks: list[pa.Array] = []
+    if unpacked <= limit:
+        for batch in file.iter_batches(rows_at_once(file, [name], 1024), row_groups=[group], columns=[name]):
+            chunks.append(batch.column(0))
+            unpacked += batch.nbytes
+            if unpacked > limit:
+                break
+    if unpacked > limit:
+        raise UserError(
+            f"'{where}': column '{name}' of row group {group} holds {stored:,} bytes that unpack to more than {limit:,}, as no images do. "
+            "Leave the file out (data.pattern), or write it again in smaller row groups."
+        )
+    return pa.chunked_array(chunks, file.schema_arrow.field(name).type)
+
+
+def _stored(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> tuple[int, int]:
+    """Bytes of the columns in a row group: in the file, and unpacked as its pages are."""
+    stored = unpacked = 0
+    found = file.metadata.row_group(group)
+    for index in range(found.num_columns):
+        column = found.column(index)
+        if column.path_in_schema.split(".", 1)[0] in columns:
+            stored, unpacked = stored + column.total_compressed_size, unpacked + column.total_uncompressed_size
+    return stored, unpacked
+
+
 def num_rows(path: Path) -> int:
     """How many rows a file has."""
     return pq.read_metadata(path).num_rows
@@ -97,6 +142,22 @@ def read(paths: Path | Iterable[Path], columns: list[str] | None = None) -> pa.T
     if not tables:
         raise FileNotFoundError("no Parquet file to read")
     return pa.concat_tables(tables)
+
+
+def rows_of(paths: Iterable[Path], sample_ids: np.ndarray) -> pa.Table:
+    """The rows of some images, one file at a time in memory.
+
+    Args:
+        paths: of a table whose sample_ids ascend over all of them. sample_ids: ascending.
+    """
+    found: list[pa.Table] = []
+    for path in paths:
+        table = read(path)
+        ids = table.column("sample_id").to_numpy()
+        wanted = sample_ids[slice(*np.searchsorted(sample_ids, (ids[0], ids[-1] + 1)))] if len(ids) else ids
+        if len(wanted) or not found:
+            found.append(table.filter(pa.array(np.isin(ids, wanted, assume_unique=True))))
+    return pa.concat_tables(found)
 
 
 def metadata(path: Path) -> dict[str, Any]:

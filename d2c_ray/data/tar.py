@@ -19,6 +19,7 @@ _MAGIC = {
 _FILE, _OLD_FILE, _CONTIGUOUS = ord("0"), 0, ord("7")
 _LINKS = (ord("1"), ord("2"))
 _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK, _SPARSE = ord("x"), ord("g"), ord("L"), ord("K"), ord("S")
+_HEADER_BYTES = 1 << 20  # of a name or of pax records, at most: they are read whole, and an archive may say any length
 
 Read = Callable[[int, int], bytes]  # (start, stop) to the bytes between; fewer only where the file ends
 
@@ -49,12 +50,18 @@ def members(read: Read, size: int, where: str) -> Iterator[tuple[str, int, int]]
         try:
             length = int.from_bytes(digits[1:], "big") if digits[0] == 0x80 else int(digits.rstrip(b"\0 ") or b"0", 8)
         except ValueError:
-            raise UserError(f"'{where}' is damaged: the tar header at byte {position} gives no size ({digits!r}).") from None
+            length = -1
+        if length < 0:  # which octal digits may have a sign for: the walk would go back, for ever
+            raise UserError(f"'{where}' is damaged: the tar header at byte {position} gives no size ({digits!r}).")
         start = position + BLOCK
+        if kind in (_PAX, _PAX_GLOBAL, _LONG_NAME) and length > _HEADER_BYTES:
+            raise UserError(f"'{where}' is damaged: the tar header at byte {position} says that a name takes {length:,} bytes.")
         if kind in (_FILE, _OLD_FILE, _CONTIGUOUS):
             if pax or pax_global or long_name:
                 stated = {**pax_global, **pax}
                 name = stated.get("path") or long_name
+                if not stated.get("size", "0").isdecimal():
+                    raise UserError(f"'{where}' is damaged: '{name}' has the size {stated['size']!r}.")
                 length = int(stated.get("size", length))
                 if "GNU.sparse.major" in stated or "GNU.sparse.size" in stated:
                     raise UserError(f"'{where}': '{name}' is a sparse file, whose bytes do not lie in one piece. Pack it without --sparse.")
@@ -70,7 +77,6 @@ def members(read: Read, size: int, where: str) -> Iterator[tuple[str, int, int]]
             yield name, start, length
         elif kind == _PAX:
             pax = _pax_records(read(start, start + length))
-            length = int(length)
         elif kind == _PAX_GLOBAL:
             pax_global.update(_pax_records(read(start, start + length)))
         elif kind == _LONG_NAME:
@@ -107,8 +113,8 @@ def _pax_records(data: bytes) -> dict[str, str]:
     records = {}
     while data:
         digits, _, _ = data.partition(b" ")
-        if not digits.isdigit():
-            break
+        if not digits.isdigit() or int(digits) <= len(digits):
+            break  # nothing that follows has a place, and a record of no length would be read for ever
         record, data = data[len(digits) + 1 : int(digits) - 1], data[int(digits) :]
         key, _, value = record.partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")

@@ -36,14 +36,19 @@ def shards(paths: list[Path]) -> list[Shard]:
     return found
 
 
-def cut(given: Iterable[Shard], rows_per_unit: int, done: dict[int, list[tuple[int, int]]] | None = None) -> list[dict[str, Any]]:
+def cut(
+    given: Iterable[Shard], rows_per_unit: int, done: dict[int, list[tuple[int, int]]] | None = None, most: int = 0
+) -> list[dict[str, Any]]:
     """Units of at most `rows_per_unit` rows that cover shards; none spans two.
 
     Args:
         done: by shard number, runs of rows (start, stop) that are left out.
+        most: units, behind which no further shard is begun; 0: all of them.
     """
     units: list[dict[str, Any]] = []
     for shard in given:
+        if most and len(units) >= most:
+            break
         for first, last in _missing(shard.rows, (done or {}).get(shard.number, [])):
             for start in range(first, last, rows_per_unit):
                 stop = min(last, start + rows_per_unit)

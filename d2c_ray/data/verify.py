@@ -246,7 +246,7 @@ def _batch_rows(file: pq.ParquetFile) -> int:
     tensors = sum(field.type.byte_width for field in file.schema_arrow if pa.types.is_fixed_size_binary(field.type))
     stored = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
     row = max(1, tensors, stored // max(1, file.metadata.num_rows))  # images count in the second alone
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // row))
+    return tables.rows_at_once(file, file.schema_arrow.names, max(1, min(_BATCH_ROWS, _BATCH_BYTES // row)))
 
 
 def _columns(stated: dict[str, Any]) -> dict[str, Any]:

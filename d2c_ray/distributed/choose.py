@@ -67,7 +67,7 @@ def _choose_class(
     from d2c_ray.selection.by_features import BY_FEATURES
 
     torch.set_num_threads(threads)
-    features = np.load(path, mmap_mode="r")[rows].astype(np.float32)
+    features = np.load(path, mmap_mode="r", allow_pickle=False)[rows].astype(np.float32)
     try:
         return BY_FEATURES[options.selector](features, ce, count, options, device)
     except UserError as error:
@@ -78,4 +78,4 @@ def _probe(path: str, labels: np.ndarray, seed: int, device: str, threads: int) 
     import torch
 
     torch.set_num_threads(threads)
-    return confidence.cross_entropy(np.load(path, mmap_mode="r"), labels, seed, device)
+    return confidence.cross_entropy(np.load(path, mmap_mode="r", allow_pickle=False), labels, seed, device)

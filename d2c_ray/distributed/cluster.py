@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray._private import auto_init_hook
+from ray._private import auto_init_hook, ray_constants
 
 from d2c_ray import logs
 from d2c_ray.config import ResourcesConfig
@@ -75,8 +75,9 @@ def connect(resources: ResourcesConfig, dashboard: bool = False) -> None:
         # A machine of one's own is not taken away, and the watcher is a process more that starts with every training.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         more |= {"num_cpus": resources.num_cpus or cores() + LIGHT_CPUS, "include_dashboard": dashboard, "_temp_dir": temp_dir}
+        more["dashboard_host"] = "127.0.0.1"
     try:
-        with _said_as_lines() if logs.as_json() else nullcontext():
+        with _said_as_lines() if logs.as_json() else nullcontext(), nullcontext() if resources.address else _on_loopback():
             ray.init(address=resources.address or "local", log_to_driver=False, logging_level=logging.WARNING, **more)
     except ConnectionError as error:
         raise UserError(
@@ -106,6 +107,21 @@ def _said_as_lines() -> Iterator[None]:
                     sys.stderr.write(f"{line}\n")  # it is one already
                 elif line.strip():
                     logs.say(line, logger="ray")
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts meanwhile listens to this machine alone, as Ray's own default is on macOS and Windows.
+
+    Elsewhere it takes the machine's outer address even where the inner one is asked for (`_node_ip_address`), and its processes
+    then listen to everybody.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _check_answers(address: str) -> None:

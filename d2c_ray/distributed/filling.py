@@ -10,6 +10,8 @@ from d2c_ray.distributed.ingest import Extend, stream
 from d2c_ray.progress import Progress
 from d2c_ray.rejects import Rejects
 
+MOST_UNITS = 65_536  # at a time: the driver and Ray hold some kB for each, and billions of images have millions
+
 
 def fill(
     ledger: Ledger,
@@ -38,11 +40,15 @@ def fill(
     def say(text: str) -> None:
         progress.at(progress.done, text)
 
-    work = ledger.todo(share.rows_per_task)
-    for unit, result in stream(work, config.data, config.storage, share, actor, actor_args, extend, say=say, notes=ledger.out / "loading"):
-        rejected = rejects.of(result)
-        facts = busy.add(result)
-        ledger.add(unit, result.replace_schema_metadata(None), rejected, facts["device"])
-        rejects.add(rejected)
-        progress.advance(unit["stop"] - unit["start"], busy.note())
+    while work := ledger.todo(share.rows_per_task, MOST_UNITS):
+        for unit, result in stream(
+            work, config.data, config.storage, share, actor, actor_args, extend, say=say, notes=ledger.out / "loading"
+        ):
+            rejected = rejects.of(result)
+            facts = busy.add(result)
+            ledger.add(unit, result.replace_schema_metadata(None), rejected, facts["device"])
+            rejects.add(rejected)
+            progress.advance(unit["stop"] - unit["start"], busy.note())
+        if ledger.todo(share.rows_per_task, 1)[:1] == work[:1]:
+            raise RuntimeError(f"{ledger.out}: of {len(work)} units the first never came back")
     ledger.close()

@@ -150,6 +150,13 @@ def _weights(key: str, folder: Path) -> list[str]:
             return [whole.name]
         if index.is_file():
             shards = read_json(key, index).get("weight_map")
+            others = (
+                [name for name in shards.values() if not isinstance(name, str) or Path(name).name != name]
+                if isinstance(shards, dict)
+                else []
+            )
+            if others:
+                raise UserError(f"{key}: '{index}' names {others[0]!r}, which is no file beside it.")
             missing = sorted(name for name in set(shards.values()) if not (folder / name).is_file()) if isinstance(shards, dict) else []
             if not shards or missing:
                 raise UserError(f"{key}: '{index}' names {len(missing)} files that are not there{f', {missing[0]}' if missing else ''}.")

@@ -16,6 +16,7 @@ STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#7a828e", "axes.labelcolor": "#333a44",
     "xtick.color": "#555d69", "ytick.color": "#555d69", "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "d2c",
     "font.family": "sans-serif", "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # names of classes and students are shown as they are
 }  # fmt: skip
 
 

@@ -96,9 +96,7 @@ def run(job: Job) -> Result:
 def _selection(job: Job) -> tuple[list[Path], int]:
     """Writes the chosen images' manifest rows, and what the selection says of them; gives the file of the rows and their number."""
     chosen = tables.read(job.inputs["select"].parts()).sort_by("sample_id")
-    selected = chosen.column("sample_id").combine_chunks()
-    parts = [tables.read(path) for path in job.inputs["manifest"].parts()]
-    rows = pa.concat_tables([part.filter(pc.is_in(part.column("sample_id"), selected)) for part in parts])
+    rows = tables.rows_of(job.inputs["manifest"].parts(), chosen.column("sample_id").to_numpy())
     tables.write(job.out / ROWS, rows, {}, job.config.attach.rows_per_part)
     tables.write(job.out / provenance.SELECTION, chosen, job.facts("select"))
     return [job.out / ROWS], len(rows)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from d2c_ray.data import manifest, measured, reference_stats, tables
 from d2c_ray.distributed import cluster, embed
@@ -20,8 +19,7 @@ def run(job: Job) -> Result:
     held_out = min(config.sample.num_images, data["rows"] // 2)
     most = config.evaluate.max_reference or data["rows"]
     chosen = np.sort(order[: held_out + most])
-    manifest_rows = [tables.read(path) for path in job.inputs["manifest"].parts()]
-    table = pa.concat_tables([rows.filter(pc.is_in(rows.column("sample_id"), pa.array(chosen))) for rows in manifest_rows])
+    table = tables.rows_of(job.inputs["manifest"].parts(), chosen)
     tables.write(job.out / "rows.parquet", table, {}, embed.ROWS_PER_GROUP)
     rejects = Rejects("reference", len(table), config.data.max_rejected)
     with job.progress(len(table)) as progress:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from d2c_ray.data import latent_cache, tables
 from d2c_ray.distributed import cluster, trainer
@@ -13,6 +14,8 @@ from d2c_ray.job import Job, Result
 from d2c_ray.models import latents, teachers
 from d2c_ray.rejects import Rejects
 from d2c_ray.selection import difficulty
+
+STABILITY_ROWS = 10_000_000  # that the driver holds for it, some 50 bytes each
 
 
 def run(job: Job) -> Result:
@@ -56,25 +59,31 @@ def run(job: Job) -> Result:
 def summarise(parts: list[Path], t: np.ndarray, kind: str, path: str = "linear") -> tuple[int, dict]:
     """Rows, and what a finished table says of itself; a part at a time is in memory.
 
+    Stability is that of the images whose number is a multiple of k, where k = 1 up to `STABILITY_ROWS` images.
+
     Raises:
         UserError: the teacher gave an error that is not finite.
     """
     broken: list[str] = []
-    num_broken, total, device = 0, 0.0, ""
+    num_broken, total, rows, device = 0, 0.0, 0, ""
     labels, even, odd = [], [], []
+    every = -(-sum(map(tables.num_rows, parts)) // STABILITY_ROWS)
     for part in parts:
-        table = tables.read(part, ["key", "label", "errors"])
+        table = tables.read(part, ["sample_id", "key", "label", "errors"])
         device = tables.metadata(part)["device"]
         errors = table.column("errors").combine_chunks().flatten().to_numpy().reshape(-1, len(t))
         bad = np.flatnonzero(~np.isfinite(errors).all(1))
         num_broken += len(bad)
         broken += table.column("key").take(bad[: 5 - len(broken)]).to_pylist()
         total += float(errors.sum(dtype=np.float64))
+        rows += len(table)
+        if every > 1:
+            kept = table.column("sample_id").to_numpy() % every == 0
+            table, errors = table.filter(pa.array(kept)), errors[kept]
         labels.append(table.column("label").to_numpy())
         halves = difficulty.half_scores(errors, t, kind, path) if len(t) > 1 else (errors[:, 0], errors[:, 0])
         even.append(halves[0])
         odd.append(halves[1])
-    rows = sum(len(part) for part in labels)
     if num_broken:
         raise UserError(
             f"score: the teacher gives no finite error for {num_broken} of {rows} images, the first {', '.join(broken)}. Another teacher, or score.precision=fp32, would do."

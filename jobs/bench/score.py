@@ -261,7 +261,7 @@ def bench_bits(root: Path, quick: bool) -> dict:
             out = images / precision / name
             out.mkdir()
             if name == "shuffled":
-                Ledger.todo = lambda self, rows: random.Random(0).sample(found := todo(self, rows), len(found))  # type: ignore[method-assign]
+                Ledger.todo = lambda self, *most: random.Random(0).sample(found := todo(self, *most), len(found))  # type: ignore[method-assign]
             if name == "resumed":
                 Ledger.add = dying(5)  # type: ignore[method-assign]
             for _ in range(2):

@@ -1,0 +1,424 @@
+"""What others provide is data: nothing of it is run, leaves its folder or takes all memory, and no credential is written down.
+
+Beside it: headers of tars (test_tar), damaged images and bombs (test_decode), code in weights (test_teachers, test_published),
+the Inception file (test_networks), archives that lie (test_reference_stats), names in exports and cards (test_artefact), whole
+runs (test_security_run).
+"""
+
+import ast
+import io
+import json
+import os
+import struct
+import tarfile
+import tracemalloc
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+from PIL import EpsImagePlugin, Image
+from test_manifest import LOCAL, picture, scan
+from test_tar import pack, walked
+
+from d2c_ray import config, errors
+from d2c_ray.config import DataConfig, StorageConfig
+from d2c_ray.data import export, image_sets, manifest, reference_stats, samples, storage, tables, units
+from d2c_ray.data.decode import Undecodable, decode
+from d2c_ray.errors import UserError
+from d2c_ray.models import hub
+
+# Calls that run what they read, or hand it to a shell, and where each stands and why it may.
+ALLOWED = {
+    ("d2c_ray/__init__.py", "import_module"): "names of its own table",
+    ("d2c_ray/pipeline.py", "import_module"): "stages of its own table",
+    ("d2c_ray/models/frozen.py", "import_module"): "packages of its own table",
+    ("d2c_ray/models/networks.py", "torch.jit.load"): "clean-fid's file by its SHA-256, or one named on purpose as evaluate.inception",
+    ("d2c_ray/models/published.py", "torch.serialization.safe_globals"): "argparse.Namespace, which holds values and no code",
+    ("d2c_ray/rundir.py", "subprocess.run"): "git of its own checkout, no word of it from outside",
+    ("d2c_ray/report/card.py", "autoescape=False"): "Markdown, where text() and code() escape what is not ours",
+    ("d2c_ray/data/generated.py", "Image.open"): "PNGs that this run has just made",
+    ("d2c_ray/tracking.py", "Image.open"): "a preview that this run has just made",
+}
+OF_BENCHMARKS = {"subprocess.run", "subprocess.Popen", "Image.open"}  # start themselves and read images of their own
+SAFE = {  # of templates: made here by matplotlib, which escapes what it draws
+    "histogram", "curves", "plot", "figures.budget", "figures.cost", "figures.strengths",
+}  # fmt: skip
+PICKLES = ("pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "jsonpickle")
+FORBIDDEN = {
+    "eval", "exec", "compile", "__import__", "import_module", "os.system", "os.popen", "tempfile.mktemp", "torch.jit.load", "torch.hub.load",
+    "torch.package.PackageImporter", "torch.serialization.safe_globals", "torch.serialization.add_safe_globals", "yaml.load", "yaml.full_load",
+    "yaml.unsafe_load", "yaml.load_all", "shutil.unpack_archive", "pandas.read_pickle", "pd.read_pickle", "ssl._create_unverified_context",
+}  # fmt: skip
+METHODS = {"extractall", "extract", "restore", "read_pickle"}  # of tarfile, zipfile, Tuner, whatever the object is called
+
+
+def dangers(code: str) -> Iterator[str]:
+    """The calls and imports of a source text that need a reason."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            names += [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            yield from (name for name in names if any(part in PICKLES for part in name.split(".")))
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func).removeprefix("importlib.")
+        given = {keyword.arg: keyword.value.value if isinstance(keyword.value, ast.Constant) else ... for keyword in node.keywords}
+        if name in FORBIDDEN or name.startswith(("subprocess.", "os.exec", "os.spawn")):
+            yield name
+        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+            yield name
+        if name == "torch.load" and given.get("weights_only") is not True:
+            yield "torch.load without weights_only=True"
+        if name == "Image.open" and "formats" not in given:
+            yield name
+        for argument, harmless in {
+            "allow_pickle": False,
+            "trust_remote_code": False,
+            "shell": False,
+            "verify": True,
+            "autoescape": True,
+        }.items():
+            if given.get(argument, harmless) != harmless:
+                yield f"{argument}={given[argument]}"
+
+
+def sources() -> list[Path]:
+    return sorted(path for folder in ("d2c_ray", "jobs", "cluster") for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_nothing_that_is_read_is_run() -> None:
+    found = {(path.relative_to(ROOT).as_posix(), danger) for path in sources() for danger in dangers(path.read_text())}
+    found = {(path, danger) for path, danger in found if not (path.startswith("jobs/bench/") and danger in OF_BENCHMARKS)}
+    assert len(sources()) > 100
+    unknown = sorted(found - ALLOWED.keys())
+    assert not unknown, f"{unknown}: take another way, or give the reason in ALLOWED"
+    assert not sorted(key for key in ALLOWED.keys() - found if (ROOT / key[0]).is_file()), "reasons of what is not there any more"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle", "from ray import cloudpickle", "import joblib", "eval(text)", "exec(text)", "__import__(name)", "importlib.import_module(name)",
+        "torch.load(path)", "torch.load(path, weights_only=False)", "torch.load(path, weights_only=safe)", "torch.jit.load(path)",
+        "np.load(path, allow_pickle=True)", "yaml.load(text, Loader)", "archive.extractall(out)", "tune.Tuner.restore(path, work)",
+        "subprocess.run(line, shell=True)", "os.system(line)", "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "requests.get(url, verify=False)", "Image.open(path)", "Environment(autoescape=False)",
+    ],
+)  # fmt: skip
+def test_the_test_above_sees_it(code: str) -> None:
+    assert list(dangers(code))
+
+
+def test_pages_escape_all_but_figures() -> None:
+    import re
+
+    found = {name for path in (ROOT / "d2c_ray").rglob("*.jinja") for name in re.findall(r"\{\{\s*([\w.]+)\s*\|\s*safe", path.read_text())}
+    assert found == SAFE
+
+
+def test_figures_escape_what_they_draw_and_take_no_name_for_a_formula() -> None:
+    from matplotlib import pyplot as plt
+
+    from d2c_ray.report import plots
+
+    with plt.rc_context(plots.STYLE):
+        figure, axis = plt.subplots()
+        axis.set_title(r"<script>alert(1)</script> $\frac{")
+        axis.plot([1, 2], label="</svg><img src=x onerror=alert(1)>")
+        axis.legend()
+        drawn = plots._svg(figure)
+    assert "<script" not in drawn
+    assert "<img" not in drawn
+    assert r"&lt;script&gt;alert(1)&lt;/script&gt; $\frac{" in drawn
+
+
+# Archives and names.
+
+
+def header(**changed: bytes) -> bytes:
+    """A ustar header of an empty file with fields written over, and its checksum."""
+    block = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.USTAR_FORMAT))
+    for name, (start, stop) in {"size": (124, 136), "kind": (156, 157)}.items():
+        if name in changed:
+            block[start:stop] = changed[name]
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def padded(content: bytes) -> bytes:
+    return content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (header(size=b"-0000001000\0"), "gives no size"),
+        (header(kind=b"x", size=b"00000000021\0") + padded(b"17 size=-1024000\n") + header(), "has the size '-1024000'"),
+        (header(kind=b"x", size=b"77777777777\0") + bytes(1024), "a name takes 8,589,934,591 bytes"),
+        (header(kind=b"L", size=b"77777777777\0") + bytes(1024), "a name takes 8,589,934,591 bytes"),
+        (header(kind=b"g", size=b"77777777777\0") + bytes(1024), "a name takes 8,589,934,591 bytes"),
+    ],
+    ids=["octal with a sign", "pax with a sign", "pax", "long name", "global"],
+)
+def test_a_tar_neither_turns_the_walk_back_nor_says_how_much_is_read(content: bytes, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        walked(content + bytes(1024))
+
+
+def test_a_pax_record_of_no_length_ends_the_records() -> None:
+    assert walked(header(kind=b"x", size=b"00000000010\0") + padded(b"0 path=x") + header() + bytes(1024)) == [("a.jpg", 1536, 0)]
+
+
+def test_labels_are_small(tmp_path: Path) -> None:
+    """Counts, names and quotas are held for every label up to the largest."""
+    for name, content, words in (
+        ("a.cls", b"2000000000", "label 2000000000; numbers from 0 to 9,999,999"),
+        ("a.json", b'{"label": 2000000000}', "label 2000000000"),
+        ("a.json", b'{"label": ' + b"9" * 5000 + b"}", "is no JSON"),
+        ("a.json", b"[" * 100_000, "is no JSON"),
+        ("a.cls", b"1" * (2 << 20), "2,097,152 bytes; a label takes"),
+    ):
+        path = pack(tmp_path / "x.tar", [("a.jpg", picture(1)), (name, content)])
+        with pytest.raises(UserError, match=words):
+            scan(DataConfig(path=str(path)))
+    table = pa.table({"image": [picture(1)], "label": pa.array([2**40])})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="label 1099511627776"):
+        scan(DataConfig(path=str(tmp_path / "x.parquet")))
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"huggingface": "["}, {"huggingface": "[1]"}, {"d2c": '{"classes": 5}'}, {"d2c": '{"classes": [{"a": 1}]}'}]
+)
+def test_class_names_of_a_schema_are_names(tmp_path: Path, metadata: dict[str, str]) -> None:
+    table = pa.table({"image": [picture(1)], "label": [0]}).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="the class names in its metadata cannot be read"):
+        scan(DataConfig(path=str(tmp_path / "x.parquet")))
+
+
+HOSTILE = ["../../../escaped.jpg", "/etc/escaped.jpg", "..\\..\\escaped.jpg", "C:\\escaped.jpg", "x" * 5000 + ".jpg", "\x1b[2J.jpg"]
+
+
+def test_members_of_a_tar_are_keys_and_never_paths(tmp_path: Path) -> None:
+    path = pack(tmp_path / "in" / "w.tar", [(name, picture(index)) for index, name in enumerate(HOSTILE)])
+    content = padded(picture(9))
+    with_nul = header(kind=b"x", size=b"%011o\0" % 16) + padded(b"16 path=a\0b.jpg\n") + header(size=b"%011o\0" % len(picture(9))) + content
+    path.write_bytes(with_nul + path.read_bytes())
+    data = DataConfig(path=str(tmp_path / "in"), image_size=8)
+    table, _ = scan(data)
+    kept = [
+        "a\0b.jpg",
+        *(name for name in HOSTILE if not name.startswith("..\\")),
+    ]  # that one starts with a dot: a hidden file, by WebDataset's rule
+    assert {key.removeprefix("w.tar#") for key in table.column("key").to_pylist()} == set(kept)
+    assert set(table.column("uri").to_pylist()) == {"w.tar"}
+    decoded, rejected = units.decode_rows(table, data, LOCAL)
+    assert len(decoded) == len(kept)
+    assert not rejected
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "w.tar"]
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        archive.addfile(tarfile.TarInfo("tr\xe4umerei.jpg"))
+    with pytest.raises(UserError, match="is no UTF-8"):
+        scan(DataConfig(path=str(path)))
+
+
+def test_class_folders_of_an_export_are_single_names() -> None:
+    names = [
+        "..",
+        ".",
+        "../..",
+        "/etc",
+        "..\\..\\x",
+        "C:\\Windows",
+        "a\0b",
+        "x/../../y",
+        "\n",
+        "~",
+        "-rf",
+        "x" * 5000,
+        "é" * 5000,
+        "\u202egpj.exe",
+    ]
+    for place in export.folder_names(names):
+        assert Path(place).name == place
+        assert place not in (".", "..", "")
+        assert not set(place) & set('<>:"/\\|?*\0\n')
+        assert len(place.encode()) < 200
+
+
+def test_what_a_key_holds_does_not_steer_the_terminal() -> None:
+    assert errors.shown("\x1b]0;owned\x07\x9b2J\r\u202ex\nnext\té 🦩") == "\\x1b]0;owned\\x07\\x9b2J\\r\\u202ex\nnext\té 🦩"
+    assert errors.shown("\udcff") == "\\udcff"
+
+
+def test_shards_of_weights_lie_beside_their_index(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "elsewhere.safetensors").write_bytes(b"x")
+    for name in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors")):
+        (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(UserError, match="no file beside it"):
+            hub._weights("vae.path", tmp_path / "model")
+
+
+def test_the_folder_of_the_embedded_images_is_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert samples.digits_folder().is_dir()
+    (root,) = tmp_path.iterdir()
+    assert root.stat().st_mode & 0o777 == 0o700
+    root.chmod(0o777)
+    with pytest.raises(UserError, match="open to other users"):
+        samples.digits_folder()
+    root.rename(tmp_path / "moved")
+    root.symlink_to(tmp_path / "moved")
+    with pytest.raises(UserError, match="is a link"):
+        samples.digits_folder()
+
+
+# Bombs.
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format=kind, **options)
+    return out.getvalue()
+
+
+def with_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
+    """A PNG with a chunk behind its header."""
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return png[:33] + chunk + png[33:]
+
+
+@pytest.mark.parametrize(("kind", "head"), [(b"iCCP", b"x\0\0"), (b"zTXt", b"x\0\0"), (b"iTXt", b"x\0\1\0\0\0")])
+def test_chunks_of_a_png_do_not_unpack_without_end(kind: bytes, head: bytes) -> None:
+    bomb = with_chunk(picture(7), kind, head + zlib.compress(bytes(64 << 20), 9))
+    tracemalloc.start()
+    with pytest.raises(Undecodable):
+        decode(bomb, 8, 3, 10**6)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_a_frame_larger_than_its_file_says_is_a_bomb() -> None:
+    gif = bytearray(encoded(Image.new("P", (8, 8)), "GIF"))
+    place = gif.index(b"\x2c")  # the image's own left, top, width, height
+    gif[place + 5 : place + 9] = struct.pack("<HH", 60_000, 60_000)
+    with pytest.raises(Undecodable, match=r"more than data\.max_pixels"):
+        decode(bytes(gif), 8, 3, 10**6)
+
+
+def test_no_format_is_read_that_runs_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL gives EPS to Ghostscript, here a program that notes that it ran."""
+    ran = tmp_path / "ran"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho ran > {ran}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    with pytest.raises(OSError, match=r"."), Image.open(io.BytesIO(program)) as image:
+        image.load()
+    assert ran.is_file(), "PIL does not do that any more: then the list of formats is not needed for it"
+    ran.unlink()
+    with pytest.raises(Undecodable, match="no known image format"):
+        decode(program, 8, 3, 10**6)
+    assert not ran.exists()
+
+
+def said_often(path: Path, value: bytes, times: int) -> None:
+    """A Parquet file of a few bytes with one value in all its rows."""
+    image = pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int32)), pa.array([value]))
+    pq.write_table(pa.table({"image": image, "label": np.zeros(times, np.int64)}), path, compression="zstd", store_schema=False)
+
+
+def test_a_table_that_unpacks_to_far_more_than_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_UNPACKED_BYTES", 16 << 20)
+    monkeypatch.setattr(tables, "_AT_ONCE_BYTES", 16 << 20)
+    path = tmp_path / "bomb.parquet"
+    said_often(path, picture(3).ljust(2 << 20, b"\0"), 100_000)
+    assert path.stat().st_size < 20_000
+    before = pa.total_allocated_bytes()
+    data = DataConfig(path=str(path), image_size=8)
+    rows, _ = scan(data, 100_000)
+    with pytest.raises(UserError, match=r"column 'image' of row group 0 holds .* that unpack to more than 16,777,216"):
+        units.decode_rows(rows.slice(0, 4), data, LOCAL)
+    found = image_sets.find(path)
+    assert next(found.items())[2].startswith(b"\x89PNG")
+    with pq.ParquetFile(path) as file:
+        assert tables.rows_at_once(file, ["image"], 256) == 7
+    assert pa.total_allocated_bytes() - before < 64 << 20
+    whole = tmp_path / "pages.parquet"
+    pq.write_table(pa.table({"image": [bytes(32 << 20)], "label": [0]}), whole, compression="zstd")
+    rows, _ = scan(DataConfig(path=str(whole)))
+    with pytest.raises(UserError, match="that unpack to more than"):
+        units.decode_rows(rows, DataConfig(path=str(whole)), LOCAL)
+
+
+def test_more_rows_than_a_file_can_hold_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said_often(tmp_path / "x.parquet", b"x", 50_000)
+    monkeypatch.setattr(manifest, "_SURE_ROWS", 10_000)
+    with pytest.raises(UserError, match=r"says that it holds 50,000 images in [\d,]+ bytes"):
+        scan(DataConfig(path=str(tmp_path / "x.parquet")))
+
+
+def test_an_archive_that_unpacks_to_more_than_it_should_is_not_unpacked(tmp_path: Path) -> None:
+    """Statistics of as many features as the network has, and images below the limit, are all that is read."""
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, shape in (("mu", (1 << 12,)), ("sigma", (1 << 12, 1 << 12)), ("arr_0", (1, 1 << 12, 1 << 13, 3))):
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "|u1" if name == "arr_0" else "<f8", "fortran_order": False, "shape": shape}
+                )
+                file.write(bytes(int(np.prod(shape)) * (1 if name == "arr_0" else 8)))
+    assert (tmp_path / "x.npz").stat().st_size < 1 << 20
+    tracemalloc.start()
+    with pytest.raises(UserError, match="statistics of 4096 features"):
+        reference_stats.read("evaluate.reference", tmp_path / "x.npz", 2048, "inception")
+    with pytest.raises(UserError, match="8192 x 4096 pixels are more than --max-pixels"):
+        list(image_sets.decoded(image_sets.find(tmp_path / "x.npz"), 0, 10**6, image_sets.Read()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+# Credentials.
+
+MARK = "s3cr3t-m4rk"
+
+
+@pytest.mark.parametrize(
+    "field", ["storage.endpoint", "tracking.mlflow_uri", "data.path", "resources.checkpoint_storage", "teacher.checkpoint"]
+)
+def test_no_field_takes_a_password(field: str) -> None:
+    with pytest.raises(UserError, match=f"{field} holds a user name or a password") as raised:
+        config.load(None, [f"{field}=https://user:{MARK}@host:9000/x"])
+    assert MARK not in str(raised.value)
+    assert raised.value.__cause__ is None
+
+
+def test_a_proxy_that_does_not_answer_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, f"http://user:{MARK}@127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", MARK)
+    options = StorageConfig(endpoint="http://bucket.invalid:9", region="us-east-1", attempts=1, timeout_sec=2.0)
+    with pytest.raises(storage.StorageError, match="Proxy") as raised:
+        storage.read_all("s3://pictures/x", options)
+    seen: BaseException | None = raised.value
+    while seen is not None:
+        assert MARK not in str(seen)
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
