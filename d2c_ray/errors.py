@@ -1,5 +1,9 @@
 """The one exception type users are meant to read."""
 
+import errno
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
 
 class UserError(Exception):
     """Something the user gave cannot be used: says what was found and what would do.
@@ -15,3 +19,20 @@ def nearest(word: str, known: list[str]) -> str:
 
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def no_room(error: BaseException, path: object = "") -> UserError | None:
+    """What to tell a user whose disk or quota is full, if that is what `error` says.
+
+    Args:
+        path: what could not be written, where that is known.
+    """
+    words = str(error)
+    numbered = isinstance(error, OSError) and error.errno in NO_ROOM
+    told = type(error).__name__ == "SafetensorError" and any(f"(os error {number})" in words for number in NO_ROOM)  # in words alone
+    if not numbered and not told:
+        return None
+    return UserError(
+        f"no room is left on the disk{f' of {path}' if path else ''}: {' '.join(words.split())}. "
+        "What is finished is kept; make room there, and the same command goes on from here."
+    )
