@@ -22,18 +22,18 @@ class Drill:
         self.rows: list[dict] = []
         self._since = time.monotonic()
 
-    def measured(self, found: Iterable, wanted: Iterable, redone: float, name: str = "") -> None:
+    def measured(self, found: Iterable, wanted: Iterable, redone: float, name: str = "", seconds: float | None = None) -> None:
         """Keeps what became of the rows, and checks that none is lost or there twice.
 
         Args:
             found: ids of the rows that the disturbed run ended with. wanted: of the undisturbed run's.
             redone: work that was begun a second time, as a share of all of it.
-            name: of this one, where a test is several drills.
+            name, seconds: of this one, where a test is several drills.
         """
         found, wanted = list(found), set(wanted)
         assert wanted and redone >= 0
         lost, twice = len(wanted ^ set(found)), len(found) - len(set(found))
-        self._keep(name, not lost and not twice, lost, twice, round(redone, 4))
+        self._keep(name, not lost and not twice, lost, twice, round(redone, 4), seconds)
         assert (lost, twice) == (0, 0)
 
     def refused(self, before: object, after: object, name: str = "") -> None:
@@ -41,10 +41,12 @@ class Drill:
         self._keep(name, before == after, 0, 0, 0.0)
         assert before == after
 
-    def _keep(self, name: str, survived: bool, lost: int | None, twice: int | None, redone: float | None) -> None:
+    def _keep(
+        self, name: str, survived: bool, lost: int | None, twice: int | None, redone: float | None, seconds: float | None = None
+    ) -> None:
         now = time.monotonic()
         row = {"name": name or self.name, "survived": survived, "rows_lost": lost, "rows_twice": twice, "redone_share": redone}
-        self.rows.append({**row, "seconds": round(now - self._since, 1)})
+        self.rows.append({**row, "seconds": round(now - self._since if seconds is None else seconds, 1)})
         self._since = now
 
     def failed(self) -> None:
@@ -66,8 +68,8 @@ def drill(request: pytest.FixtureRequest) -> Iterator[Drill]:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of writing of every file under a folder but those that say who holds it and how it goes."""
-    passing = (".owner.json", ".lock", "status.json", "_progress.json")
+    """Size and time of writing of every file of a run but those that say who holds it, what was asked for and how it goes."""
+    passing = (".owner.json", ".lock", "config.yaml", "plan.json", "status.json", "_progress.json")
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in passing and ".locks" not in path.parts)
     return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 

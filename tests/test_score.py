@@ -444,6 +444,55 @@ def test_storage_that_gives_up_ends_the_run_and_the_next_one_reads_what_is_missi
         assert covered and not covered & there, "bytes of finished rows were asked for again"
 
 
+@pytest.mark.drill("shard of the source cut off before it is read, and put back")
+@pytest.mark.parametrize("kind", ["tars", "parquet"])
+def test_a_source_that_is_cut_off_on_the_way_ends_the_run_and_costs_nothing_once_it_is_back(
+    configured, local_ray: None, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drill: Drill, kind: str
+) -> None:
+    shutil.copytree(colours / kind, tmp_path / "source" / kind)
+    config = of_colours(configured, tmp_path / "source", kind)
+    wanted = expected(config)
+    monkeypatch.setattr(scoring, "Scorer", marked(tmp_path / "actors", 0.1))
+    source = max((tmp_path / "source" / kind).iterdir())
+    content, in_full = source.read_bytes(), filling.stream
+
+    def cut(*args: object, **options: object) -> Iterator:
+        """The run has made its plan by now."""
+        source.write_bytes(content[: len(content) // 2])
+        return in_full(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filling, "stream", cut)
+        with pytest.raises(Exception) as raised:  # noqa: PT011 - the error is Ray's, with ours inside
+            score(config)
+    error = str(pipeline.unwrap(raised.value))
+    assert source.name in error and re.search(r"of 240 images cannot be used, more than data\.max_rejected=0\.01|cut off", error), error
+    assert not ledger_files(tmp_path / "debug", "_SUCCESS.json")
+    source.write_bytes(content)
+    measure(drill, score(config), wanted, redone(tmp_path / "actors", 240))
+
+
+@pytest.mark.drill("part of an unfinished score table cut off, as by a power cut")
+def test_a_part_that_is_cut_off_is_made_again_and_no_other(
+    configured, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drill: Drill
+) -> None:
+    folder = score(configured())
+    (folder.path / "_SUCCESS.json").unlink()
+    first, second, *_ = folder.parts()
+    second.write_bytes(second.read_bytes()[:1000])
+    kept = first.stat().st_mtime_ns
+    asked: list[int] = []
+    monkeypatch.setattr(filling, "stream", watched(asked))
+    folder = score(configured())
+    assert first.stat().st_mtime_ns == kept
+    measure(drill, folder, expected(configured()), sum(asked) / 240)
+    assert asked == [64]
+
+    second.write_bytes(second.read_bytes()[:1000])  # now that the table counts as finished
+    with pytest.raises(UserError, match=rf"{second.name}' is cut off: 1000 bytes .* Move the folder it lies in away"):
+        pipeline.run(configured(), "select", say=lambda text: None)
+
+
 def watched(asked: list[int]) -> Callable[..., Iterator]:
     """`ingest.stream`, that notes how many rows it is asked for."""
     in_full = ingest.stream

@@ -1,6 +1,7 @@
 """Arrow schemas of the tables in `d2c_ray.schema`, and reading and writing their Parquet files."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from d2c_ray.errors import UserError
 from d2c_ray.rundir import whole
 
 _TYPES = {
@@ -90,13 +92,37 @@ def write(path: Path, table: pa.Table, metadata: dict[str, Any] | None = None, r
 
 
 def read(paths: Path | Iterable[Path], columns: list[str] | None = None) -> pa.Table:
-    """The rows of one or several Parquet files of one schema, in the order given."""
+    """The rows of one or several Parquet files of one schema, in the order given.
+
+    Raises:
+        UserError: a file is cut off.
+    """
     if isinstance(paths, Path):
         paths = [paths]
-    tables = [pq.read_table(path, columns=columns, partitioning=None) for path in paths]
+    tables = [_read(path, columns) for path in paths]
     if not tables:
         raise FileNotFoundError("no Parquet file to read")
     return pa.concat_tables(tables)
+
+
+def _read(path: Path, columns: list[str] | None) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns, partitioning=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        if not path.is_file() or is_whole(path):
+            raise
+        raise UserError(
+            f"'{path}' is cut off: {path.stat().st_size} bytes that do not end as a Parquet file does. Move the folder it lies in away; the same "
+            "command makes it again, with what other folders have."
+        ) from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a Parquet file ends as one does. Reads four bytes; a file that appears whole is cut off by a power cut alone."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 4))
+        return size > 8 and file.read() == b"PAR1"
 
 
 def metadata(path: Path) -> dict[str, Any]:

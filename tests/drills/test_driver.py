@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,9 +99,9 @@ def test_a_driver_killed_in_each_stage_ends_as_if_undisturbed(tmp_path: Path, dr
     finish(start(tmp_path / "undisturbed.log", undisturbed))
     once = work(tmp_path / "undisturbed.log")
     folder, log = tmp_path / "disturbed" / "debug", tmp_path / "disturbed.log"
-    redone, kept = {}, {}
+    redone, kept, seconds = {}, {}, {}
     for stage, at, what in STAGES:
-        marker = tmp_path / f"{stage}-stands-still"
+        began, marker = time.monotonic(), tmp_path / f"{stage}-stands-still"
         pausing = at.startswith("pause ")
         process = start(log, folder, *(("--pause", at.removeprefix("pause "), str(marker)) if pausing else ()))
         wait_for(marker.exists if pausing else exists(folder, at), process)
@@ -109,6 +110,7 @@ def test_a_driver_killed_in_each_stage_ends_as_if_undisturbed(tmp_path: Path, dr
         if what == "images":
             states = folder.glob(f"{stage}-*/checkpoints/checkpoint_*/state.json")
             redone[stage] = (seen(folder, stage) - max(json.loads(path.read_text())["images"] for path in states)) / STUDIED
+        seconds[stage] = time.monotonic() - began
         kept |= {path: path.stat().st_mtime_ns for path in folder.glob("*/_SUCCESS.json")}
     finish(start(log, folder))
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished work was done again"
@@ -116,4 +118,4 @@ def test_a_driver_killed_in_each_stage_ends_as_if_undisturbed(tmp_path: Path, dr
     begun = work(log)
     for stage, _, what in STAGES:
         again = redone[stage] if stage in redone else begun[what] / once[what] - 1
-        drill.measured(rows(folder, stage), rows(undisturbed, stage), again, f"driver killed: {stage}")
+        drill.measured(rows(folder, stage), rows(undisturbed, stage), again, f"driver killed: {stage}", seconds[stage])
