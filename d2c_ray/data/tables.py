@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,19 @@ def read(paths: Path | Iterable[Path], columns: list[str] | None = None) -> pa.T
 
 
 def _read(path: Path, columns: list[str] | None) -> pa.Table:
-    try:
+    with whole_or_told(path):
         return pq.read_table(path, columns=columns, partitioning=None)
+
+
+@contextmanager
+def whole_or_told(path: Path) -> Iterator[None]:
+    """Around reading a table of a finished stage.
+
+    Raises:
+        UserError: what failed to be read is cut off.
+    """
+    try:
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         if not path.is_file() or is_whole(path):
             raise
