@@ -1,5 +1,9 @@
 """The one exception type users are meant to read."""
 
+import errno
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
 
 class UserError(Exception):
     """Something the user gave cannot be used: says what was found and what would do.
@@ -27,4 +31,21 @@ def shown(text: str) -> str:
 
     return "".join(
         char.encode("unicode_escape").decode() if unicodedata.category(char)[0] == "C" and char not in "\n\t" else char for char in text
+    )
+
+
+def no_room(error: BaseException, path: object = "") -> UserError | None:
+    """What to tell a user whose disk or quota is full, if that is what `error` says.
+
+    Args:
+        path: what could not be written, where that is known.
+    """
+    words = str(error)
+    numbered = isinstance(error, OSError) and error.errno in NO_ROOM
+    told = type(error).__name__ == "SafetensorError" and any(f"(os error {number})" in words for number in NO_ROOM)  # in words alone
+    if not numbered and not told:
+        return None
+    return UserError(
+        f"no room is left on the disk{f' of {path}' if path else ''}: {' '.join(words.split())}. "
+        "What is finished is kept; make room there, and the same command goes on from here."
     )

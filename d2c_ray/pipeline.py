@@ -18,7 +18,7 @@ from typing import Any
 from d2c_ray import logs, metrics, tracking, watch
 from d2c_ray import plan as plans
 from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, pools, to_yaml
-from d2c_ray.errors import Stopped, UserError, nearest
+from d2c_ray.errors import Stopped, UserError, nearest, no_room
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
@@ -252,7 +252,8 @@ def _make(node: Node, share: int, status: "Status") -> None:
             }
         )  # fmt: skip
     except BaseException as error:
-        status.set(node, "failed", f"{type(error).__name__}: {error}")
+        with suppress(UserError):  # on a full disk the status cannot be written either
+            status.set(node, "failed", f"{type(error).__name__}: {error}")
         raise
     status.set(node, "done")
 
@@ -481,7 +482,7 @@ def _ray_job() -> dict[str, str]:
 
 
 def unwrap(error: BaseException) -> UserError | None:
-    """The `UserError` inside an error of Ray, if there is one: raised in an actor, it arrives wrapped."""
+    """The `UserError` inside an error of Ray, if there is one: raised in an actor, it arrives wrapped. A full disk is one too."""
     seen: set[int] = set()
     stack: list[BaseException | None] = [error]
     while stack:
@@ -491,6 +492,8 @@ def unwrap(error: BaseException) -> UserError | None:
         seen.add(id(found))
         if isinstance(found, UserError):
             return found
+        if full := no_room(found):
+            return full
         failures = getattr(found, "worker_failures", None)
         stack += [
             found.__cause__,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_ray.config import Config
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, no_room
 
 SUCCESS = "_SUCCESS.json"
 PROGRESS = "_progress.json"
@@ -57,17 +57,28 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary name in the same folder; renames it to `path` if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """Gives a temporary name in the same folder; renames it to `path` if the block ends without an error.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         temporary.chmod(0o666 & ~UMASK)  # mkstemp makes files for the owner alone; outputs are shared like any other
         os.replace(temporary, path)
+    except Exception as error:
+        full = no_room(error, path)
+        if full is None:
+            raise
+        raise full from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def check_own(folder: Path, what: str, elsewhere: str, secret: bool) -> None:

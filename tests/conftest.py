@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DEBUG = ROOT / "configs" / "debug.yaml"
 SHARED = ROOT.parent / "shared" / "data"
 
+pytest_plugins = ["drilling"]
+
 torch.set_num_threads(1)
 os.environ.setdefault("RAY_worker_niceness", "0")  # its workers give way to everything at 15: tests in the other process would starve them
 

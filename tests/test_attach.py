@@ -16,8 +16,9 @@ import ray
 import torch
 import torch.nn.functional as F
 from conftest import DEBUG, ROOT
+from drilling import Drill
 from test_pipeline import kill, start, vae_folder, wait_for
-from test_score import Chaos, no_ray_is_left, teacher_folder  # noqa: F401 - a fixture for the whole module
+from test_score import Chaos, no_ray_is_left, redone, teacher_folder  # noqa: F401 - a fixture for the whole module
 
 from d2c_ray import pipeline
 from d2c_ray import plan as plans
@@ -199,12 +200,9 @@ def test_other_weights_than_planned_are_refused(whole) -> None:
     Attacher(**given, weights={"vision": folder.success()["facts"]["vision"]["vision"]["weights"]})
 
 
+@pytest.mark.drill("attaching actor killed")
 def test_an_actor_killed_while_it_attaches_costs_nothing(
-    whole,
-    again,
-    local_ray: None,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    whole, again, local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, drill: Drill
 ) -> None:
     (tmp_path / "actors").mkdir()
 
@@ -214,6 +212,8 @@ def test_an_actor_killed_while_it_attaches_costs_nothing(
             (tmp_path / "actors" / str(os.getpid())).touch()
 
         def __call__(self, batch):
+            with (tmp_path / "actors.work").open("a") as file:
+                file.write(batch.column("unit")[0].as_py() + "\n")
             time.sleep(0.5)
             return super().__call__(batch)
 
@@ -225,6 +225,8 @@ def test_an_actor_killed_while_it_attaches_costs_nothing(
     chaos.check()
     assert len(list((tmp_path / "actors").iterdir())) == 2, "the actor and one in place of it"
     assert content(folder) == content(whole[1])
+    ids = [tables.read(each.parts()).column("sample_id").to_pylist() for each in (folder, whole[1])]
+    drill.measured(*ids, redone(tmp_path / "actors", 24))
 
 
 def test_killed_and_resumed_it_is_the_same_to_the_byte(whole, again, no_ray: None, tmp_path: Path) -> None:

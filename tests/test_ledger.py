@@ -131,6 +131,36 @@ def test_half_a_file_is_swept_away(tmp_path: Path) -> None:
     assert ledger.rows_done == 0
 
 
+@pytest.mark.parametrize("left", [0, 300], ids=["empty", "half"])
+def test_a_part_that_a_power_cut_left_cut_off_is_made_again(tmp_path: Path, left: int) -> None:
+    """A rename may reach the disk before what the file holds."""
+    ledger = opened(tmp_path / "t")
+    units = ledger.todo(4)
+    work(ledger, units[:4])  # the first shard and a run of the second
+    (run,) = (tmp_path / "t" / "unfinished").iterdir()
+    for path in (ledger.part(0), run):
+        path.write_bytes(path.read_bytes()[:left])
+    ledger = opened(tmp_path / "t")
+    assert ledger.rows_done == 0 and ledger.rejected() == [] and len(ledger.todo(4)) == len(units)
+    work(ledger, ledger.todo(4))
+    ledger.close()
+    assert whole(tmp_path / "t") == EXPECTED
+
+
+def test_what_was_rejected_is_asked_for_again_where_it_ended_the_last_attempt(tmp_path: Path) -> None:
+    ledger = opened(tmp_path / "t")
+    units = ledger.todo(4)
+    work(ledger, [*units[:3], *units[3:5]])  # shard 0, and rows 0-8 of shard 1 in two runs; row 3 of both is rejected
+    ledger = opened(tmp_path / "t")
+    ledger.forget_rejected()
+    assert ledger.rejected() == [] and ledger.rows_done == 4
+    again = [(unit["shard"], unit["start"], unit["stop"]) for unit in ledger.todo(10)]
+    assert again == [(0, 0, 10), (1, 0, 4), (1, 8, 10), (2, 0, 4)]
+    work(ledger, ledger.todo(10))
+    ledger.close()
+    assert whole(tmp_path / "t") == EXPECTED
+
+
 def test_rows_that_never_came_are_no_finished_table(tmp_path: Path) -> None:
     ledger = opened(tmp_path / "t")
     work(ledger, ledger.todo(4)[1:])

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import DEBUG, ROOT
+from drilling import Drill, contents
 
 from d2c_ray import forecast, pipeline, schema
 from d2c_ray.config import load
@@ -535,6 +536,7 @@ def test_a_few_photographs_are_learned(cifar10: Path, tmp_path: Path) -> None:
     assert 'alt="generated images of frog"' in page
 
 
+@pytest.mark.drill("cluster too small")
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
@@ -544,6 +546,8 @@ def test_a_few_photographs_are_learned(cifar10: Path, tmp_path: Path) -> None:
         (("resources.address=127.0.0.1:1",), "no Ray cluster answers"),
     ],
 )
-def test_work_that_the_cluster_cannot_hold_is_refused(debug_config, knobs: tuple[str, ...], words: str) -> None:
+def test_work_that_the_cluster_cannot_hold_is_refused(debug_config, knobs: tuple[str, ...], words: str, drill: Drill) -> None:
+    before = contents(pipeline.run(debug_config(), upto="manifest", **SILENT).folder)
     with pytest.raises(UserError, match=words):
         pipeline.run(debug_config(*knobs), upto="teacher", **SILENT)
+    drill.refused(before, contents(pipeline.plans.run_folder(debug_config())), f"cluster too small: {knobs[0]}")

@@ -323,3 +323,17 @@ def test_two_actors_make_the_same_images_and_finish_what_one_began(
     before = (out / "samples.npz").stat().st_mtime_ns
     sampled(trained, out, "sample.keep=npz")
     assert (out / "samples.npz").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("left", [0, 500])
+def test_half_a_part_is_sampled_again(tmp_path: Path, left: int) -> None:
+    """What a power cut leaves of a file whose name had reached the disk."""
+    from d2c_ray.data import generated, tables
+    from d2c_ray.stages import sample
+
+    unit, part = {"unit": 0, "start": 0, "stop": 4}, tmp_path / "part-000000.parquet"
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    tables.write(part, generated.part(np.arange(4), np.zeros(4, int), pixels), {"unit": unit})
+    assert sample._there(part, unit) and not sample._there(part, {**unit, "stop": 5})
+    part.write_bytes(part.read_bytes()[:left])
+    assert not sample._there(part, unit)

@@ -1,5 +1,6 @@
 """Scoring on a real Ray: one table to the bit, whatever is killed, spoilt or started again on the way."""
 
+import json
 import logging
 import os
 import random
@@ -23,8 +24,10 @@ import pytest
 import ray
 import torch
 from conftest import DEBUG
+from drilling import Drill
 from faulty_s3 import FaultyProxy, S3Server, once_each
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 from test_pipeline import kill, start, wait_for
 from test_tar import pack
 
@@ -152,8 +155,9 @@ class Chaos(threading.Thread):
 
 
 def marked(folder: Path, pause: float) -> type:
-    """A scorer that takes its time and leaves '<process id>-<node id>' of every actor that has loaded."""
+    """A scorer that takes its time and leaves '<process id>-<node id>' of every actor that has loaded, and beside the folder what each began."""
     folder.mkdir()
+    log = folder.with_suffix(".work")
 
     class Marked(Scorer):
         def __init__(self, **args: object):
@@ -161,10 +165,25 @@ def marked(folder: Path, pause: float) -> type:
             (folder / f"{os.getpid()}-{ray.get_runtime_context().get_node_id()}").touch()
 
         def __call__(self, batch: pa.Table) -> pa.Table:
+            with log.open("a") as file:
+                file.write(batch.column("unit")[0].as_py() + "\n")
             time.sleep(pause)
             return super().__call__(batch)
 
     return Marked
+
+
+def redone(folder: Path, rows: int) -> float:
+    """The share of rows that actors of `marked` began a second time."""
+    work = [json.loads(line) for line in folder.with_suffix(".work").read_text().splitlines()]
+    return sum(unit["stop"] - unit["start"] for unit in work) / rows - 1
+
+
+def measure(drill: Drill, folder: StageDir, wanted: tuple[pa.Table, list[dict[str, str]]], redone: float) -> None:
+    """Checks a disturbed run's table, and keeps what the disturbance cost."""
+    check(folder, wanted)
+    found = tables.read(folder.parts()).column("sample_id").to_pylist()
+    drill.measured(found, wanted[0].column("sample_id").to_pylist(), redone)
 
 
 def actors(folder: Path) -> list[tuple[int, str]]:
@@ -197,8 +216,9 @@ def test_the_table_depends_on_no_knob_and_no_order(
     assert folder.success()["facts"]["precision"] == precision
 
 
+@pytest.mark.drill("scoring actor killed")
 def test_an_actor_killed_while_it_scores_costs_nothing(
-    configured, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configured, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drill: Drill
 ) -> None:
     monkeypatch.setattr(scoring, "Scorer", marked(tmp_path / "actors", 0.2))
     killed: list[int] = []
@@ -217,7 +237,7 @@ def test_an_actor_killed_while_it_scores_costs_nothing(
     assert not psutil.pid_exists(killed[0]) or psutil.Process(killed[0]).status() == psutil.STATUS_ZOMBIE
     assert len(actors(tmp_path / "actors")) == 2, "the actor and one in place of it"
     monkeypatch.undo()
-    check(folder, expected(configured()))
+    measure(drill, folder, expected(configured()), redone(tmp_path / "actors", 240))
 
 
 def test_an_actor_that_dies_while_it_loads_is_started_again(
@@ -353,9 +373,10 @@ def planning_gets(config: Config, proxy: FaultyProxy) -> list[tuple[str, str | N
     return sorted(proxy.gets)
 
 
+@pytest.mark.drill("S3 with 503s, resets, cut bodies and stalls at the first try of every range")
 @pytest.mark.parametrize("kind", ["tars", "parquet"])
 def test_storage_that_fails_at_every_turn_gives_the_table_of_local_files(
-    configured, local_ray: None, colours: Path, proxy: FaultyProxy, tmp_path: Path, kind: str
+    configured, local_ray: None, colours: Path, proxy: FaultyProxy, tmp_path: Path, kind: str, drill: Drill
 ) -> None:
     local = of_colours(configured, colours, kind)
     wanted = expected(local)
@@ -365,8 +386,8 @@ def test_storage_that_fails_at_every_turn_gives_the_table_of_local_files(
     spoil = once_each(FAULTS)
     proxy.reset(lambda number, path, tries: "ok" if number < len(planning) else spoil(number, path, tries))
     folder = score(config)
-    check(folder, wanted)
     images = proxy.gets[len(planning) :]
+    measure(drill, folder, wanted, len(images) / len(set(images)) - 1)
     assert sorted(proxy.gets[: len(planning)]) == planning
     assert set(proxy.counts) == {*FAULTS, "ok"} and sum(proxy.counts[fault] for fault in FAULTS) >= len(set(images))
     assert set(images).isdisjoint(planning)
@@ -376,8 +397,9 @@ def test_storage_that_fails_at_every_turn_gives_the_table_of_local_files(
     assert sorted(proxy.gets) == planning, "a finished run reads no image"
 
 
+@pytest.mark.drill("S3 that answers nothing more; the run ends and is started again")
 def test_storage_that_gives_up_ends_the_run_and_the_next_one_reads_what_is_missing(
-    configured, local_ray: None, colours: Path, proxy: FaultyProxy, tmp_path: Path
+    configured, local_ray: None, colours: Path, proxy: FaultyProxy, tmp_path: Path, drill: Drill
 ) -> None:
     local = of_colours(configured, colours, "tars")
     wanted = expected(local)
@@ -406,8 +428,11 @@ def test_storage_that_gives_up_ends_the_run_and_the_next_one_reads_what_is_missi
     assert 0 < len(there) < 240
 
     proxy.reset()
-    folder = score(config)
-    check(folder, wanted)
+    again: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling, "stream", watched(again))
+        folder = score(config)
+    measure(drill, folder, wanted, (len(there) + sum(again)) / 240 - 1)
     (node,) = pipeline.run(config, "manifest", say=lambda text: None).of("manifest")
     for path, asked in proxy.gets:
         if asked is None or (path, asked) in planning:
@@ -419,6 +444,66 @@ def test_storage_that_gives_up_ends_the_run_and_the_next_one_reads_what_is_missi
             if path.endswith(f"/{row['uri']}") and row["offset"] <= last and row["offset"] + row["length"] > first
         }
         assert covered and not covered & there, "bytes of finished rows were asked for again"
+
+
+@pytest.mark.drill("shard of the source cut off before it is read, and put back")
+@pytest.mark.parametrize("kind", ["tars", "parquet"])
+def test_a_source_that_is_cut_off_on_the_way_ends_the_run_and_costs_nothing_once_it_is_back(
+    configured, local_ray: None, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drill: Drill, kind: str
+) -> None:
+    shutil.copytree(colours / kind, tmp_path / "source" / kind)
+    config = of_colours(configured, tmp_path / "source", kind)
+    wanted = expected(config)
+    monkeypatch.setattr(scoring, "Scorer", marked(tmp_path / "actors", 0.1))
+    source = max((tmp_path / "source" / kind).iterdir())
+    content, in_full = source.read_bytes(), filling.stream
+
+    def cut(*args: object, **options: object) -> Iterator:
+        """The run has made its plan by now."""
+        source.write_bytes(content[: len(content) // 2])
+        return in_full(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filling, "stream", cut)
+        with pytest.raises(Exception) as raised:  # noqa: PT011 - the error is Ray's, with ours inside
+            score(config)
+    error = str(pipeline.unwrap(raised.value))
+    assert source.name in error and re.search(r"of 240 images cannot be used, more than data\.max_rejected=0\.01|cut off", error), error
+    assert not ledger_files(tmp_path / "debug", "_SUCCESS.json")
+    source.write_bytes(content)
+    measure(drill, score(config), wanted, redone(tmp_path / "actors", 240))
+
+
+@pytest.mark.drill("part of an unfinished score table cut off, as by a power cut")
+def test_a_part_that_is_cut_off_is_made_again_and_no_other(
+    configured, local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drill: Drill
+) -> None:
+    folder = score(configured())
+    (folder.path / "_SUCCESS.json").unlink()
+    first, second, *_ = folder.parts()
+    second.write_bytes(second.read_bytes()[:1000])
+    kept = first.stat().st_mtime_ns
+    asked: list[int] = []
+    monkeypatch.setattr(filling, "stream", watched(asked))
+    folder = score(configured())
+    assert first.stat().st_mtime_ns == kept
+    measure(drill, folder, expected(configured()), sum(asked) / 240)
+    assert asked == [64]
+
+    second.write_bytes(second.read_bytes()[:1000])  # now that the table counts as finished
+    with pytest.raises(UserError, match=rf"{second.name}' is cut off: 1000 bytes .* Move the folder it lies in away"):
+        pipeline.run(configured(), "select", say=lambda text: None)
+
+
+def watched(asked: list[int]) -> Callable[..., Iterator]:
+    """`ingest.stream`, that notes how many rows it is asked for."""
+    in_full = ingest.stream
+
+    def stream(work: list[dict], *args: object, **options: object) -> Iterator:
+        asked.append(sum(unit["stop"] - unit["start"] for unit in work))
+        return in_full(work, *args, **options)
+
+    return stream
 
 
 def in_thread(work: Callable[[], object]) -> Callable[[float], object]:
@@ -476,18 +561,34 @@ def nodes(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_node_killed_without_grace_and_replaced_costs_nothing(configured, nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    running = nodes(2, 2)
-    monkeypatch.setattr(scoring, "Scorer", marked(tmp_path / "actors", 0.3))
-    result = in_thread(lambda: score(configured("resources.actors=2")))
+KILLED = pytest.param(False, id="killed", marks=pytest.mark.drill("node of the GPU pool killed without grace and replaced"))
+DRAINED = pytest.param(True, id="drained", marks=pytest.mark.drill("node of the GPU pool drained with a deadline and replaced", ci=False))
+
+
+@pytest.mark.parametrize("drained", [KILLED, DRAINED])
+def test_a_gpu_node_that_goes_and_is_replaced_costs_nothing(
+    configured, nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drill: Drill, drained: bool
+) -> None:
+    """One raylet decodes, another one says that it has a GPU and holds the pool; the actors compute on their CPU."""
+    running = nodes(2)
+    worker = running.add_node(num_cpus=1, num_gpus=1)
+    running.wait_for_nodes()
+    monkeypatch.setattr(scoring, "Scorer", marked(tmp_path / "actors", 0.7))
+    monkeypatch.setattr(cluster.Share, "device", "cpu")
+    result = in_thread(lambda: score(configured("resources.actors=1")))
     until(lambda: ledger_files(tmp_path / "debug"))
-    worker = next(iter(running.worker_nodes))
+    if drained:
+        reason, deadline = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), time.time() + 5
+        assert ray._raylet.GcsClient(address=running.address).drain_node(worker.node_id, reason, "taken back", int(deadline * 1000))[0]
+        time.sleep(max(0.0, deadline - time.time()))
     running.remove_node(worker, allow_graceful=False)
     assert len(ledger_files(tmp_path / "debug", "part-*.parquet")) < 4, "it was over before the node was taken"
-    running.add_node(num_cpus=2)
+    running.add_node(num_cpus=1, num_gpus=1)
     folder = result(120)
     assert isinstance(folder, StageDir)
-    check(folder, expected(configured()))
+    assert len({node for _, node in actors(tmp_path / "actors")}) == 2
+    monkeypatch.setattr(scoring, "Scorer", Scorer)
+    measure(drill, folder, expected(configured()), redone(tmp_path / "actors", 240))
 
 
 def ray_metrics(name: str) -> list[float]:
@@ -500,8 +601,9 @@ def ray_metrics(name: str) -> list[float]:
     return values
 
 
+@pytest.mark.drill("pool without room until a node joins late")
 def test_a_pool_without_room_says_so_goes_on_with_a_node_that_comes_and_exports_its_numbers(
-    configured, nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configured, nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drill: Drill
 ) -> None:
     running = nodes(1)
     monkeypatch.setattr(scoring, "Scorer", marked(tmp_path / "actors", 0.5))
@@ -520,7 +622,7 @@ def test_a_pool_without_room_says_so_goes_on_with_a_node_that_comes_and_exports_
     assert 0 < busy < 0.9, "it rests half a second before every unit"
     folder = result(120)
     assert isinstance(folder, StageDir)
-    check(folder, expected(configured()))
+    measure(drill, folder, expected(configured()), redone(tmp_path / "actors", 240))
 
 
 def test_a_driver_killed_while_it_scores_loses_what_had_not_come_back(configured, no_ray: None, teacher: Path, tmp_path: Path) -> None:
@@ -539,14 +641,8 @@ def test_a_driver_killed_while_it_scores_loses_what_had_not_come_back(configured
     there = {row for path in [*parts, *ledger_files(tmp_path / "debug")] for row in tables.read(path).column("sample_id").to_pylist()}
     assert 0 < len(there) < 240
     asked: list[int] = []
-    in_full = ingest.stream
-
-    def watched(work: list[dict], *args: object, **options: object) -> Iterator:
-        asked.append(sum(unit["stop"] - unit["start"] for unit in work))
-        return in_full(work, *args, **options)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filling, "stream", watched)
+        patch.setattr(filling, "stream", watched(asked))
         folder = score(config)
     assert asked == [240 - len(there)], "the last run is asked for what is missing"
     assert kept and {path: path.stat().st_mtime_ns for path in kept} == kept

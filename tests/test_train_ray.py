@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 import torch.multiprocessing
 from conftest import ROOT
+from drilling import Drill
 from faulty_s3 import ACCESS_KEY, SECRET_KEY, FaultyProxy, S3Server
 from pyarrow import fs
 from ray.train import TrainingFailedError
@@ -162,10 +163,12 @@ def same_state(one: Path, other: Path) -> None:
         assert found and all(torch.equal(value, found[key]) for key, value in state.weights(one, which).items()), which
 
 
-def test_a_killed_worker_of_two_costs_no_bit(local_ray: None, data: Path, two_undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.drill("training worker killed, one of two")
+def test_a_killed_worker_of_two_costs_no_bit(local_ray: None, data: Path, two_undisturbed: Path, tmp_path: Path, drill: Drill) -> None:
     """The other one fails in the middle of a step. And on the way: what is kept, what is dropped, and that nothing is left behind."""
     out, cache = tmp_path / "out", tmp_path / "cache"
     killed: list[int] = []
+    back: list[int] = []
     copies: list[tuple[int, int]] = []
 
     def copy() -> tuple[int, int]:
@@ -183,6 +186,7 @@ def test_a_killed_worker_of_two_costs_no_bit(local_ray: None, data: Path, two_un
         os.kill(min(written, key=lambda worker: written[worker]).pid, signal.SIGKILL)
         killed.append(len(losses_so_far(out)))
         once(lambda: len(losses_so_far(out)) < killed[0])
+        back.append(len(losses_so_far(out)))
         once(lambda: len(losses_so_far(out)) > killed[0])
         copies.append(copy())
 
@@ -200,6 +204,7 @@ def test_a_killed_worker_of_two_costs_no_bit(local_ray: None, data: Path, two_un
     assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "kept", "metrics.jsonl"]
     assert len(set(copies)) == 1 and len(copies) == 2, "the second attempt trained from the first one's copy"
     assert not list(cache.glob("condensed-*/")), "which went when training had ended"
+    drill.measured(losses(out), losses(two_undisturbed), (killed[0] - back[0]) / 300)
 
 
 def test_a_training_that_fails_for_good_leaves_no_copy(local_ray: None, data: Path, tmp_path: Path) -> None:
@@ -252,7 +257,8 @@ def test_a_killed_driver_costs_no_bit(local_ray: None, data: Path, undisturbed: 
     same_state(undisturbed, Path(result.path))
 
 
-def test_workers_come_and_go_with_their_nodes(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.drill("training node joins late, another is drained with a deadline")
+def test_workers_come_and_go_with_their_nodes(data: Path, undisturbed: Path, tmp_path: Path, drill: Drill) -> None:
     """One of up to three workers starts, since there is room for one. A node comes and brings another; it is drained, and the first goes on.
 
     Both times the training goes on from where the node's coming or the notice of its going was seen: there is no other checkpoint.
@@ -297,9 +303,14 @@ def test_workers_come_and_go_with_their_nodes(data: Path, undisturbed: Path, tmp
     }  # fmt: skip
     driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")], env=environment)
 
+    lengths = [0]
+
     def turns() -> list[tuple[int, int]]:
         """Numbers of workers in the order they took steps, and how many steps each took."""
-        return [(workers, len(list(steps))) for workers, steps in itertools.groupby(workers_of(out))]
+        steps_of = workers_of(out)
+        if steps_of:  # none: a line is being written
+            lengths.append(len(steps_of))
+        return [(workers, len(list(steps))) for workers, steps in itertools.groupby(steps_of)]
 
     try:
         once(lambda: (len(turns()) == 3 and turns()[2][1] >= 20) or driver.poll() is not None, 250)
@@ -316,6 +327,9 @@ def test_workers_come_and_go_with_their_nodes(data: Path, undisturbed: Path, tmp
     for record in map(json.loads, lines[: len(expected)]):
         assert record["loss"] == pytest.approx(expected[record["images"]], rel=1e-5)
     assert sum(steps for _, steps in seen[:2]) < len(expected), "each turn is among what was compared"
+    images = [json.loads(line)["images"] for line in lines]
+    again = sum(max(0, before - after) for before, after in itertools.pairwise(lengths))
+    drill.measured(images, range(BATCH, BATCH * len(lines) + 1, BATCH), again / len(lines))
 
 
 def workers_of(out: Path) -> list[int]:

@@ -46,6 +46,9 @@ class Ledger:
         for folder in (out, self._unfinished):
             for path in folder.glob(".*.parquet.*"):  # what a killed process was writing
                 path.unlink(missing_ok=True)
+        for path in (*out.glob("part-*.parquet"), *self._unfinished.glob("*.parquet")):
+            if not tables.is_whole(path):  # a power cut: the file's name reached the disk before its content
+                path.unlink()
         self._whole = {shard.number for shard in shards if self.part(shard.number).is_file()}
         for path in sorted(self._unfinished.glob("*.parquet")):
             match = _RUN.fullmatch(path.name)
@@ -75,6 +78,18 @@ class Ledger:
         """The rejected rows of all that is there."""
         paths = [self.part(shard) for shard in sorted(self._whole)] + sorted(self._unfinished.glob("*.parquet"))
         return [row for path in paths for row in tables.metadata(path)["rejected"]]
+
+    def forget_rejected(self) -> None:
+        """Removes what holds rejected rows, so that `todo` asks for it again: they may have been mended since."""
+        for shard in [shard for shard in self._whole if tables.metadata(self.part(shard))["rejected"]]:
+            self.part(shard).unlink()
+            self._whole.remove(shard)
+            self.rows_done -= self._shards[shard].rows
+        for shard, runs in self._runs.items():
+            for start, stop in [run for run in runs if tables.metadata(self._run(shard, *run))["rejected"]]:
+                self._run(shard, start, stop).unlink()
+                runs.remove((start, stop))
+                self.rows_done -= stop - start
 
     def add(self, unit: dict[str, Any], table: pa.Table, rejected: list[dict[str, str]], device: str) -> None:
         """Keeps the result of a unit, and writes its shard's part if it is the last that was missing.

@@ -609,7 +609,7 @@ def root(data: DataConfig, options: StorageConfig, kind: str | None = None) -> s
 
 
 def read_images(rows: pa.Table, base: str, image_column: str, options: StorageConfig) -> list[bytes | OSError]:
-    """The encoded bytes of manifest rows; an element is the error of a file that is no longer there.
+    """The encoded bytes of manifest rows; an element is the error of a file that is no longer there, or no longer whole.
 
     Byte ranges that lie close to each other share one request, and rows of a Parquet row group one read.
     """
@@ -630,6 +630,8 @@ def read_images(rows: pa.Table, base: str, image_column: str, options: StorageCo
             values = _row_group(uri, group, image_column, options).take(pa.array(numbers[members]))
         except FileNotFoundError as error:
             values = [error] * len(members)
+        except pa.ArrowInvalid as error:  # cut off since it was listed, as a tar may be
+            values = [OSError(f"no readable Parquet file ({str(error).splitlines()[0]})")] * len(members)
         for row, value in zip(members, values, strict=True):
             if isinstance(value, OSError):
                 found[row] = value

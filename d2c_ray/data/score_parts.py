@@ -27,7 +27,8 @@ def read(paths: list[Path], threads: int = THREADS) -> list[Partition]:
 
 def _columns(path: Path) -> Partition:
     # Many small files: read_table would look at each as at a data set of many.
-    table = pq.ParquetFile(path).read(columns=["label", "sample_id", "score"], use_threads=False)
+    with tables.whole_or_told(path):
+        table = pq.ParquetFile(path).read(columns=["label", "sample_id", "score"], use_threads=False)
     label, sample_id, score = (table.column(name).to_numpy() for name in ("label", "sample_id", "score"))
     return Partition(label, sample_id, score)
 

@@ -1,7 +1,9 @@
 """Arrow schemas of the tables in `d2c_ray.schema`, and reading and writing their Parquet files."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +137,14 @@ def write(path: Path, table: pa.Table, metadata: dict[str, Any] | None = None, r
 
 
 def read(paths: Path | Iterable[Path], columns: list[str] | None = None) -> pa.Table:
-    """The rows of one or several Parquet files of one schema, in the order given."""
+    """The rows of one or several Parquet files of one schema, in the order given.
+
+    Raises:
+        UserError: a file is cut off.
+    """
     if isinstance(paths, Path):
         paths = [paths]
-    tables = [pq.read_table(path, columns=columns, partitioning=None) for path in paths]
+    tables = [_read(path, columns) for path in paths]
     if not tables:
         raise FileNotFoundError("no Parquet file to read")
     return pa.concat_tables(tables)
@@ -158,6 +164,37 @@ def rows_of(paths: Iterable[Path], sample_ids: np.ndarray) -> pa.Table:
         if len(wanted) or not found:
             found.append(table.filter(pa.array(np.isin(ids, wanted, assume_unique=True))))
     return pa.concat_tables(found)
+
+
+def _read(path: Path, columns: list[str] | None) -> pa.Table:
+    with whole_or_told(path):
+        return pq.read_table(path, columns=columns, partitioning=None)
+
+
+@contextmanager
+def whole_or_told(path: Path) -> Iterator[None]:
+    """Around reading a table of a finished stage.
+
+    Raises:
+        UserError: what failed to be read is cut off.
+    """
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        if not path.is_file() or is_whole(path):
+            raise
+        raise UserError(
+            f"'{path}' is cut off: {path.stat().st_size} bytes that do not end as a Parquet file does. Move the folder it lies in away; the same "
+            "command makes it again, with what other folders have."
+        ) from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a Parquet file ends as one does. Reads four bytes; a file that appears whole is cut off by a power cut alone."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 4))
+        return size > 8 and file.read() == b"PAR1"
 
 
 def metadata(path: Path) -> dict[str, Any]:

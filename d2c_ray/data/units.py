@@ -30,7 +30,8 @@ def shards(paths: list[Path]) -> list[Shard]:
     """The shards of manifest files, in order."""
     found: list[Shard] = []
     for path in paths:
-        meta = pq.read_metadata(path)
+        with tables.whole_or_told(path):
+            meta = pq.read_metadata(path)
         for group in range(meta.num_row_groups):
             found.append(Shard(len(found), str(path), group, meta.row_group(group).num_rows))
     return found

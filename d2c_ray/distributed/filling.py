@@ -7,6 +7,7 @@ from d2c_ray.data.ledger import Ledger
 from d2c_ray.distributed.actors import Busy
 from d2c_ray.distributed.cluster import Share
 from d2c_ray.distributed.ingest import Extend, stream
+from d2c_ray.errors import UserError
 from d2c_ray.progress import Progress
 from d2c_ray.rejects import Rejects
 
@@ -33,7 +34,11 @@ def fill(
         UserError: too many images cannot be decoded, the storage does not answer, other hardware than before, or actors
             that cannot load.
     """
-    rejects.add(ledger.rejected())
+    try:
+        rejects.add(ledger.rejected())
+    except UserError:  # the last attempt ended for them, and they may have been mended
+        ledger.forget_rejected()
+        rejects.rows.clear()
     progress.advance(ledger.rows_done)
     busy = Busy()
 

@@ -54,8 +54,8 @@ def run(job: Job) -> Result:
 
 
 def _there(part: Path, unit: dict[str, Any]) -> bool:
-    """Whether a part is there and holds these images: on other hardware units are cut otherwise."""
-    return part.is_file() and tables.metadata(part)["unit"] == unit
+    """Whether a part is there, whole, and holds these images: on other hardware units are cut otherwise."""
+    return part.is_file() and tables.is_whole(part) and tables.metadata(part)["unit"] == unit
 
 
 def _measured_in(config: Config) -> dict[str, str]:

@@ -1,0 +1,48 @@
+"""A sweep's trial killed while its student trains: Tune starts it again, and the sweep ends with the numbers of one that nothing happened to."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from drilling import Drill
+from test_pipeline import finish, start, wait_for
+from test_sweep import OWN, config, results  # noqa: F401 - a fixture
+
+pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
+
+SAME = (
+    "label", "seed", "twin", "state", "selector", "images_kept", "images_seen", "frechet", "kid", "precision", "recall", "coverage",
+    "agreement", "frechet_floor", "record",
+)  # fmt: skip
+
+
+def trial_processes(driver: int) -> list[int]:
+    """Process ids of trials that are at work."""
+    return [child.pid for child in psutil.Process(driver).children(recursive=True) if "ImplicitFunc" in " ".join(child.cmdline()[:1])]
+
+
+@pytest.mark.drill("Tune trial killed", ci=False)
+def test_a_trial_killed_while_it_trains_costs_no_number(config: Path, tmp_path: Path, drill: Drill) -> None:  # noqa: F811
+    folder = tmp_path / "killed" / "small"
+    process = start("sweep", str(config), f"run.dir={folder.parent}")
+    wait_for(lambda: list(folder.glob("train-*/checkpoints/checkpoint_*/state.json")), process)
+    (trial,) = trial_processes(process.pid)
+    os.kill(trial, signal.SIGKILL)
+    (state,) = list(folder.glob("train-*/checkpoints/checkpoint_*/state.json"))[-1:]
+    (metrics,) = folder.glob("train-*/metrics.jsonl")
+    seen = json.loads(metrics.read_text().splitlines()[-1])["images"]
+    assert not list(folder.glob("train-*/_SUCCESS.json")), "it was over before it was killed"
+    redone = (seen - json.loads(state.read_text())["images"]) / 512 / 3  # of three trials
+    out = finish(process)
+    assert "best: selector=" in out
+
+    apart = tmp_path / "undisturbed" / "small"
+    shutil.copytree(folder, apart, ignore=lambda _, names: [name for name in names if name.split("-")[0] in OWN])
+    finish(start("sweep", str(config), f"run.dir={apart.parent}"))
+    mine, other = ({name: {key: row[key] for key in SAME} for name, row in results(run).items()} for run in (folder, apart))
+    assert mine == other
+    drill.measured(mine, other, redone)
