@@ -1,5 +1,6 @@
 """Jobs on a real Ray head of these tests' own, which asks for a token: submitted, followed, refused, failed, stopped and gone on with."""
 
+import asyncio
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ import psutil
 import pytest
 import ray
 import requests
+from aiohttp import web
 from conftest import DEBUG, ROOT
 from test_refusals import model_folder
 
@@ -232,3 +235,81 @@ def test_what_is_uploaded_and_how_much(tmp_path: Path) -> None:
         UserError, match=r"less than 512.0 MiB. Most is in data/ \(512.0 MiB\).*largest files are data/images.tar \(512.0 MiB\).*--exclude"
     ):
         submit.prepare(str(root / "my.yaml"), given, "run", str(root), [], [])
+
+
+class FlakyHead:
+    """The part of a head's HTTP that following a job asks, from a script: of each connection to the log what it sends, and how it ends."""
+
+    def __init__(self, connections: list[tuple[list[str], str]], details: dict[str, object]):
+        self._connections, self._details = iter(connections), {"type": "SUBMISSION", "entrypoint": "", **details}
+
+    def __enter__(self) -> "FlakyHead":
+        self._loop, started = asyncio.new_event_loop(), threading.Event()
+
+        async def serve() -> None:
+            app = web.Application()
+            app.router.add_get("/api/version", self._version)
+            app.router.add_get("/api/jobs/{name}", self._job)
+            app.router.add_get("/api/jobs/{name}/logs/tail", self._log)
+            self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+            await self._runner.setup()
+            port = free_port()
+            await web.TCPSite(self._runner, "127.0.0.1", port).start()
+            self.address = f"http://127.0.0.1:{port}"
+            started.set()
+
+        self._loop.create_task(serve())
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        assert started.wait(10)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "4", "ray_version": ray.__version__, "ray_commit": ""})
+
+    async def _job(self, request: web.Request) -> web.Response:
+        return web.json_response(self._details)
+
+    async def _log(self, request: web.Request) -> web.WebSocketResponse:
+        channel = web.WebSocketResponse()
+        await channel.prepare(request)
+        pieces, end = next(self._connections)
+        for piece in pieces:
+            await channel.send_str(piece)
+        if end == "silence":
+            await asyncio.sleep(30)
+        elif end == "cut":
+            await asyncio.sleep(0.2)
+            request.transport.abort()
+        return channel
+
+
+def follow(head: FlakyHead) -> int:
+    return asyncio.run(submit._follow(submit._Client(head.address), "job", print))
+
+
+def test_a_log_is_followed_over_lost_connections(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with FlakyHead(
+        [(["one\n", "two\n"], "cut"), (["one\ntwo\nth", "ree\n"], "close")], {"status": "SUCCEEDED", "driver_exit_code": 0}
+    ) as head:
+        assert follow(head) == 0
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+    monkeypatch.setattr(submit, "SILENT_SEC", 0.1)
+    with FlakyHead([(["one\n"], "silence")], {"status": "FAILED", "driver_exit_code": -9}) as head:
+        assert follow(head) == 137
+    with FlakyHead([([], "close")], {"status": "FAILED", "message": "no room for its environment"}) as head:
+        assert follow(head) == submit.LOST
+    assert "no room for its environment" in capsys.readouterr().out
+
+    monkeypatch.setattr(submit, "PATIENCE_SEC", 0.5)
+    with FlakyHead([], {"status": "RUNNING"}) as head:
+        client = submit._Client(head.address)
+    assert asyncio.run(submit._follow(client, "job", print)) == submit.LOST
+    assert "what becomes of job is not known" in capsys.readouterr().out
