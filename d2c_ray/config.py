@@ -717,8 +717,10 @@ _CREDENTIALS = {
 
 def _check_no_credentials(values: Any, key: str = "") -> None:
     """Refuses a URL with a user name or a password in any field: it would be written into config.yaml and cards, and sent to trackers."""
-    if isinstance(values, dict | list | tuple):
-        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+    if isinstance(values, list | tuple):
+        values = dict(enumerate(values))
+    if isinstance(values, dict):
+        for name, value in values.items():
             _check_no_credentials(value, f"{key}.{name}" if key else str(name))
     elif isinstance(values, str) and "@" in values.partition("://")[2].partition("/")[0]:
         how = f"; {_CREDENTIALS[key]} in the environment would do" if key in _CREDENTIALS else ""

@@ -523,7 +523,7 @@ def _scan_parquet_file(entry: Entry, source: Source, data: DataConfig, options: 
                 raise UserError(
                     f"'{uri}': column '{data.label_column}' holds {values.dtype} or labels below -1; integers from 0 would do, -1 for none."
                 )
-            _in_range(int(values.max(initial=-1)), uri)
+            _in_range(int(values.max(initial=0)), uri)
             labels = values.astype(np.int32)
     return _rows(
         {

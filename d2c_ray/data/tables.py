@@ -96,15 +96,15 @@ def read_column(file: pq.ParquetFile, group: int, name: str, where: str) -> pa.C
         UserError: it unpacks to far more than the file holds.
     """
     stored, unpacked = _stored(file, group, [name])
-    limit = max(_UNPACKED_BYTES, _UNPACKED_TIMES * stored)
+    limit, held = max(_UNPACKED_BYTES, _UNPACKED_TIMES * stored), 0
     chunks: list[pa.Array] = []
     if unpacked <= limit:
         for batch in file.iter_batches(rows_at_once(file, [name], 1024), row_groups=[group], columns=[name]):
             chunks.append(batch.column(0))
-            unpacked += batch.nbytes
-            if unpacked > limit:
+            held += batch.nbytes
+            if held > limit:
                 break
-    if unpacked > limit:
+    if max(held, unpacked) > limit:
         raise UserError(
             f"'{where}': column '{name}' of row group {group} holds {stored:,} bytes that unpack to more than {limit:,}, as no images do. "
             "Leave the file out (data.pattern), or write it again in smaller row groups."
@@ -118,7 +118,7 @@ def _stored(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> tuple[i
     found = file.metadata.row_group(group)
     for index in range(found.num_columns):
         column = found.column(index)
-        if column.path_in_schema.split(".", 1)[0] in columns:
+        if column.path_in_schema in columns or any(column.path_in_schema.startswith(f"{name}.") for name in columns):
             stored, unpacked = stored + column.total_compressed_size, unpacked + column.total_uncompressed_size
     return stored, unpacked
 
