@@ -70,5 +70,5 @@ def test_a_disk_that_fills_up_in_three_stages_costs_nothing_that_was_finished(tm
     folder = tmp_path / "out" / "disk" / "debug"
     same(folder, undisturbed)
     for stage, attempt in zip(("scores", "condensed", "train"), full, strict=True):
-        there = sum(name.startswith(f"{stage}-") and "part-" in name for name in attempt["before"])
+        there = sum(f"/{stage}-" in name and "part-" in name for name in attempt["before"])
         drill.measured(rows(folder, stage), rows(undisturbed, stage), 0.0, f"disk full: {stage}, {there} parts were there")
