@@ -157,7 +157,9 @@ def measured(
         seconds, flops = float(np.mean([one["seconds"] for one in own])), made.flops if made and what != "comparing" else None
         precision = made.precision if made else "fp32"
         peak = dense_peak(here.gpu, precision) if on_gpu else None
-        own_flops = (flops or 0.0) * (3 / 4 if what == "train" and "recomputing" in shape else 1.0)  # a forward that is made again is no model's
+        own_flops = (flops or 0.0) * (
+            3 / 4 if what == "train" and "recomputing" in shape else 1.0
+        )  # a forward that is made again is no model's
         entries.append({
             **own[0], "raw": [one["raw"] for one in own], "what": what, "shape": shape, "seconds": seconds, "precision": precision, "flops": flops,
             "device": here.gpu if on_gpu else here.cpu, "gpu": on_gpu, "mfu": own_flops / seconds / peak[1] if peak and flops else None, **said,

@@ -227,7 +227,9 @@ def test_planned_stands_beside_actual(finished: tuple[Path, str]) -> None:
         assert own["seconds"] > 0 and own["source"] in ("published", "measured here") and f"<td>{own['seconds']:.1f}</td>" in page
         assert own["made"] <= stages[name]["finished"]
     found = forecast.collect(load(DEBUG, [f"run.dir={folder.parent}", UNGUIDED, *ARMS]))
-    assert {row["folder"]: row["planned"] for row in found["stages"] if row["planned"]} == {name: own["seconds"] for name, own in planned.items()}
+    assert {row["folder"]: row["planned"] for row in found["stages"] if row["planned"]} == {
+        name: own["seconds"] for name, own in planned.items()
+    }
     assert {row["folder"]: row["actual"] for row in found["stages"]} == {name: record["seconds"] for name, record in stages.items()}
     assert found["total"]["seconds"] == 0.0 and "took" in "\n".join(printed.lines(found))
 
