@@ -327,8 +327,7 @@ def planned(plan: Plan, nodes: list[Node], cluster: Cluster, slots: int) -> dict
         nodes: that this run makes. slots: as `pipeline.run_all`.
     """
     facts, image_bytes = _manifest(plan)
-    before = gather.kept(plan.folder)
-    found = {node.name: before[node.name] for node in plan.nodes if node.name in before}
+    found = gather.kept(plan.folder)  # of other settings' stages too, which lie in the same folder
     fresh = [node for node in nodes if not node.folder.exists()]
     look = Look(cluster, rates.of(plan.config), {node.name: estimate.known(0, node.config, facts, image_bytes)[0] for node in nodes})
     todo = [node for node in nodes if not node.dir.done]
