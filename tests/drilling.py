@@ -22,18 +22,18 @@ class Drill:
         self.rows: list[dict] = []
         self._since = time.monotonic()
 
-    def measured(self, found: Iterable, wanted: Iterable, redone: float, name: str = "", seconds: float | None = None) -> None:
+    def measured(self, found: Iterable, wanted: Iterable, redone: float | None, name: str = "", seconds: float | None = None) -> None:
         """Keeps what became of the rows, and checks that none is lost or there twice.
 
         Args:
             found: ids of the rows that the disturbed run ended with. wanted: of the undisturbed run's.
-            redone: work that was begun a second time, as a share of all of it.
+            redone: work that was begun a second time, as a share of all of it; None: there is no log of it.
             name, seconds: of this one, where a test is several drills.
         """
         found, wanted = list(found), set(wanted)
-        assert wanted and redone >= 0
+        assert wanted and (redone is None or redone >= 0)
         lost, twice = len(wanted ^ set(found)), len(found) - len(set(found))
-        self._keep(name, not lost and not twice, lost, twice, round(redone, 4), seconds)
+        self._keep(name, not lost and not twice, lost, twice, None if redone is None else round(redone, 4), seconds)
         assert (lost, twice) == (0, 0)
 
     def refused(self, before: object, after: object, name: str = "") -> None:

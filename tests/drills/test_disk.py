@@ -53,7 +53,7 @@ def test_a_full_disk_is_said(tmp_path: Path, drill: Drill) -> None:
     assert str(tmp_path / "disk" / "debug") in full["said"]
     assert room["code"] == 0, room["said"]
     found = rows(tmp_path / "out" / "disk" / "debug", "manifest")
-    drill.measured(found, range(120), 0.0)
+    drill.measured(found, range(120), None)
 
 
 @pytest.mark.drill("disk full", ci=False)
@@ -71,4 +71,4 @@ def test_a_disk_that_fills_up_in_three_stages_costs_nothing_that_was_finished(tm
     same(folder, undisturbed)
     for stage, attempt in zip(("scores", "condensed", "train"), full, strict=True):
         there = sum(f"/{stage}-" in name and "part-" in name for name in attempt["before"])
-        drill.measured(rows(folder, stage), rows(undisturbed, stage), 0.0, f"disk full: {stage}, {there} parts were there")
+        drill.measured(rows(folder, stage), rows(undisturbed, stage), None, f"disk full: {stage}, {there} parts were there")
