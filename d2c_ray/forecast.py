@@ -301,9 +301,12 @@ def schedule(nodes: list[Node], seconds: Callable[[Node, int], float], slots: in
     running: list[tuple[float, Node]] = []
     todo, free = {node.name for node in nodes}, slots
     while waiting or running:
-        ready = [node for node in waiting if all(given.name in ended or given.name not in todo for given in node.inputs.values())]
+        ready = pipeline.in_turn(
+            node for node in waiting if all(given.name in ended or given.name not in todo for given in node.inputs.values())
+        )
         for index, node in enumerate(ready):
-            wanted = 1 if node.stage == "manifest" else pipeline.workers(node) or max(pipeline.least(node), free // (len(ready) - index))
+            unfinished = [*waiting, *(one for _, one in running)]
+            wanted = 1 if node.stage == "manifest" else pipeline.places(node, free, ready[index + 1 :], unfinished)
             if wanted <= free or not running:
                 free -= wanted
                 waiting.remove(node)

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -149,9 +149,9 @@ def run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
 
 def _schedule(waiting: list[Node], running: dict["Future[float]", tuple[Node, int]], free: int, status: "Status", say: Say) -> None:
     while waiting or running:
-        ready = [node for node in waiting if all(given.dir.done for given in node.inputs.values())]
+        ready = in_turn(node for node in waiting if all(given.dir.done for given in node.inputs.values()))
         for index, node in enumerate(ready):
-            wanted = workers(node) or max(least(node), free // (len(ready) - index))
+            wanted = places(node, free, ready[index + 1 :], [*waiting, *(one for one, _ in running.values())])
             # What wants more places than there are runs alone rather than never.
             if wanted <= free or not running:
                 free -= wanted
@@ -180,6 +180,36 @@ def workers(node: Node) -> int:
     """Places a training takes; 0 for a stage that takes what it gets."""
     knob = WORKERS_OF.get(node.stage)
     return getattr(node.config.resources, knob) if knob else 0
+
+
+def in_turn(ready: Iterable[Node]) -> list[Node]:
+    """Stages that could start, those last that nothing waits for but the measuring at the end."""
+    return sorted(ready, key=_patient)
+
+
+def places(node: Node, free: int, behind: list[Node], unfinished: list[Node]) -> int:
+    """The places that a stage gets which could start.
+
+    What the students wait for shares them evenly. A stage that only the measuring waits for takes the fewest meanwhile: it would keep
+    those that nobody happens to use at the moment, as while a teacher is looked at, from the long stages that follow.
+
+    Args:
+        free: places that nobody has. behind: the stages after it, of those that could start. unfinished: all stages that wait or run.
+    """
+    if workers(node):
+        return workers(node)
+    if _patient(node) and any(other.name != node.name and node.name not in _names(other) for other in unfinished):
+        return least(node)
+    patient = sum(map(_patient, behind))
+    return max(least(node), (free - patient) // (1 + len(behind) - patient))
+
+
+def _patient(node: Node) -> bool:
+    return node.stage == "reference"
+
+
+def _names(node: Node) -> list[str]:
+    return [given.name for given in node.inputs.values()]
 
 
 def least(node: Node) -> int:

@@ -343,7 +343,21 @@ def test_stages_run_side_by_side_as_a_run_starts_them() -> None:
     shares, total = forecast.schedule(nodes, lambda node, share: took[node.stage], 4)
     assert total == 1 + 10 + 4 + 1 + 2 + 20 + 3 + 2
     each = {node.stage: shares[node.name] for node in nodes}
-    assert (each["teacher"], each["reference"], each["score"], each["train"], each["sample"]) == (1, 3, 4, 1, 2)
+    assert (each["teacher"], each["reference"], each["score"], each["train"], each["sample"]) == (1, 1, 4, 1, 2)
+
+
+def test_what_only_measuring_waits_for_leaves_its_places_to_what_students_wait_for() -> None:
+    """A teacher that is looked at for a moment leaves seven GPUs to the reference, and scoring would have to do with the eighth."""
+    config = load(ROOT / "configs" / "imagenet256_sit_xl_50k.yaml", ["resources.actors=8"])
+    nodes = forecast.every_node(forecast.Resolved.of(config), None)
+    took = {"teacher": 1.0, "score": 8000.0, "reference": 3000.0}
+    shares, total = forecast.schedule(nodes, lambda node, share: took.get(node.stage, 10.0) / share, 8)
+    each = {node.stage: shares[node.name] for node in nodes}
+    assert (each["reference"], each["score"]) == (1, 7)
+    assert total < 3000 + 100
+    alone = [node for node in nodes if node.stage in ("manifest", "reference", "evaluate")]
+    shares, _ = forecast.schedule(alone, lambda node, share: took.get(node.stage, 10.0) / share, 8)
+    assert {shares[node.name] for node in alone if node.stage == "reference"} == {8}
 
 
 def fits(*overrides: str, **asked: float) -> tuple[list[dict], list[str]]:
