@@ -203,6 +203,8 @@ def test_a_sweep_counts_its_trials(run: Run, tmp_path: Path) -> None:
 
     until(lambda: counted() == {"waiting": 3.0, "running": 2.0, "done": 1.0, "stopped": 0.0, "failed": 1.0})
     read(run.numbers)
+    time.sleep(3.0)  # Ray itself drops a gauge after two seconds here
+    until(lambda: counted().get("running") == 2.0, 10)
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:

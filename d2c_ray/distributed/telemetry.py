@@ -1,5 +1,8 @@
 """The numbers of `d2c_ray.metrics` through Ray, whose nodes export them to Prometheus; and what a worker works for."""
 
+import threading
+import time
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -10,6 +13,8 @@ from d2c_ray import logs, metrics
 from d2c_ray.logs import About
 
 _SEND = {"counter": "inc", "gauge": "set", "histogram": "observe"}
+AGAIN_SEC = 4.0  # between two tellings of what gauges stand at: Ray drops one that it has not heard of for two of its intervals, 20 s
+_gauges: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
 
 
 def adopt(about: About) -> None:
@@ -26,13 +31,32 @@ def follow() -> None:
 def forget() -> None:
     """Lets go of Ray's metrics, which belong to the Ray that has ended."""
     metrics.listen(None)
+    _gauges.clear()
     _metric.cache_clear()
 
 
 def _send(name: str, value: float, tags: dict[str, str]) -> None:
     kind = metrics.METRICS[name].kind
+    if kind == "gauge":
+        _gauges[name, frozenset(tags.items())] = value
+        _repeat()
     if ray.is_initialized() and not (kind == "counter" and value <= 0):  # by nothing at all, Ray lets none grow
         getattr(_metric(name, ray.get_runtime_context().gcs_address), _SEND[kind])(value, tags)
+
+
+@cache
+def _repeat() -> None:
+    """Starts the thread that tells gauges again, once a process."""
+
+    def again() -> None:
+        while True:
+            time.sleep(AGAIN_SEC)
+            for (name, tags), value in list(_gauges.items()):
+                with suppress(Exception):  # a Ray that ends just now
+                    if ray.is_initialized():
+                        _metric(name, ray.get_runtime_context().gcs_address).set(value, dict(tags))
+
+    threading.Thread(target=again, daemon=True, name="d2c-gauges").start()
 
 
 @cache
