@@ -29,6 +29,7 @@ from d2c_ray import condensed, schema
 from d2c_ray.config import StorageConfig, TrainConfig
 from d2c_ray.data import latent_cache, node_cache, tables
 from d2c_ray.errors import UserError
+from d2c_ray.logs import About
 from d2c_ray.models.frozen import quantise
 from d2c_ray.models.transformer import TransformerSpec
 from d2c_ray.training import batches
@@ -747,6 +748,7 @@ def test_a_worker_opens_its_columns_in_the_cache_folder_and_keeps_them_if_told(
         "get_context",
         lambda: SimpleNamespace(get_world_rank=lambda: 0, get_local_rank=lambda: 0, get_world_size=lambda: 1),
     )
+    monkeypatch.setattr(trainer.telemetry, "adopt", lambda about: None)  # this process goes on after it
     monkeypatch.setattr(trainer.ray.train, "get_checkpoint", lambda: None)
     monkeypatch.setattr(trainer.ray.train.torch, "get_device", lambda: CPU)
     copies: list[list[str]] = []
@@ -763,7 +765,8 @@ def test_a_worker_opens_its_columns_in_the_cache_folder_and_keeps_them_if_told(
     args = {
         "spec": spec.to_dict(), "train": asdict(options), "data": str(folder), "columns": condensed.training_columns(facts, "large"), "encoders": condensed.NOTHING, "start": "",
         "cache_dir": str(tmp_path / "cache"), "keep_cache": keep, "out": str(tmp_path), "threads": 1, "mended": "",
-        "where": str(tmp_path), "storage": asdict(StorageConfig()), "micro_batch": 0, "recompute": False, "notices": False, "after": "", "use_gpu": False, "most_workers": 1,
+        "where": str(tmp_path), "storage": asdict(StorageConfig()), "micro_batch": 0, "recompute": False, "notices": False, "after": "", "use_gpu": False, "most_workers": 1, "about": About(),
+        "beats": True,
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="the training failed") if fails else nullcontext():
         trainer._worker(args)
