@@ -45,7 +45,8 @@ def run_pool(actor: type, actor_args: dict[str, Any], units: list[Any], share: S
             ray.kill(handle)
         raise
     for handle in actors:
-        handle.__ray_terminate__.remote()  # killed, they would not have told the last of their numbers
+        # Killed, they would not have told the last of their numbers; a call that ends its actor fails, and is not to be tried again.
+        handle.__ray_terminate__.options(max_task_retries=0).remote()
 
 
 def _adopted(actor: type, about: About) -> type:
