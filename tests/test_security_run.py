@@ -25,7 +25,7 @@ from d2c_ray.distributed import cluster
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
 
-MARK = "m4rk3d-s3cr3t"
+MARK = "-".join(("m4rk3d", "s3cr3t"))  # not in one piece: tests of jobs upload this file into the folder that is searched
 SECRETS = {  # what a machine that trains has in its environment
     "AWS_ACCESS_KEY_ID": f"AKIA{MARK}", "AWS_SECRET_ACCESS_KEY": f"{MARK}/aws+key", "AWS_SESSION_TOKEN": f"{MARK}-session", "WANDB_API_KEY": f"{MARK}-wandb",
     "MLFLOW_TRACKING_USERNAME": f"{MARK}-user", "MLFLOW_TRACKING_PASSWORD": f"{MARK}-mlflow", "HF_TOKEN": f"hf_{MARK}",
