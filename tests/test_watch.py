@@ -69,6 +69,7 @@ def read(numbers: dict[tuple[str, frozenset[tuple[str, str]]], float]) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """`d2c score configs/debug.yaml log.format=json`, with few steps, then images of its teacher and their features. Its Ray stays."""
     ray.shutdown()
+    telemetry.forget()  # what tests before told
     folder, numbers, over = tmp_path_factory.mktemp("watched"), {}, threading.Event()
 
     def follow() -> None:
