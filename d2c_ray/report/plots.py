@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from d2c_ray.errors import shown as printable
 from d2c_ray.report.gather import Arm
 
 matplotlib.use("Agg")
@@ -49,7 +50,7 @@ def score_histogram(scores: np.ndarray, labels: np.ndarray, sample_ids: np.ndarr
                 x = (mine.column("rank").to_numpy() + 0.5) / np.maximum(mine.column("class_size").to_numpy(), 1)
                 bottom.hlines(height, 0, 1, color="#e6e9ee", linewidth=5, zorder=0)
                 bottom.scatter(x, np.full(len(x), height), marker="|", s=42, linewidths=1.1, color=_colour(index))
-            names.append((-(row * len(arms) + (len(arms) - 1) / 2) - 0.35 * row, name))
+            names.append((-(row * len(arms) + (len(arms) - 1) / 2) - 0.35 * row, printable(name)))
         bottom.set_yticks([height for height, _ in names], [name if len(name) < 22 else name[:20] + "…" for _, name in names])
         bottom.tick_params(axis="y", length=0)
         bottom.set_xlim(-0.005, 1.005)
