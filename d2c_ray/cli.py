@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from d2c_ray import logs
 from d2c_ray.errors import Stopped, UserError, shown
@@ -102,9 +103,23 @@ NOT_OF_IMAGES = {
     "evaluate.max_reference": "all of --reference is measured against; a set of fewer images would do",
 }
 
+
+class _Commands(TyperGroup):
+    """Commands among which a broken pipe ends one without a word only where it is its own output's, as of `d2c status RUN | head`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()  # raises where it is that one
+            raise RuntimeError("a process that this one talks to has ended") from error
+
+
 # Plain help: typer's own layout imports rich, which takes longer than everything else together.
 app = typer.Typer(
     name="d2c",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -691,7 +706,7 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         _fail(error)
     except Stopped:
-        print("d2c: stopped; the same command goes on from here.", file=sys.stderr, flush=True)
+        logs.say("stopped; the same command goes on from here.")
         sys.exit(STOPPED)
     except Exception as error:
         from d2c_ray.pipeline import unwrap

@@ -28,7 +28,7 @@ class About:
 
 _process = About()
 _thread: ContextVar[About | None] = ContextVar("about", default=None)
-_lock = threading.Lock()
+_lock = threading.RLock()  # what is said may come from a finalizer that runs while a line is written
 
 
 def configure(format: str, run: str = "") -> None:
@@ -103,9 +103,13 @@ class _Handler(logging.StreamHandler):
     """On whatever stderr is at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with _lock:
-            sys.stderr.write(self.format(record) + "\n")
-            sys.stderr.flush()
+        try:
+            said = self.format(record)
+            with _lock:
+                sys.stderr.write(said + "\n")
+                sys.stderr.flush()
+        except Exception:
+            self.handleError(record)  # whoever logs is none to fail
 
 
 def own_handlers() -> None:
@@ -127,8 +131,10 @@ def results() -> Iterator[None]:
     if not as_json():
         yield
         return
-    with redirect_stdout(_Lines()):
+    lines = _Lines()
+    with redirect_stdout(lines):
         yield
+    lines.end()
 
 
 class _Lines(io.TextIOBase):
@@ -143,5 +149,9 @@ class _Lines(io.TextIOBase):
             if one.strip():
                 say(one.rstrip())
         return len(text)
+
+    def end(self) -> None:
+        """Says what was written after the last line's end."""
+        self.write("\n")
 
     def flush(self) -> None: ...

@@ -9,20 +9,21 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2c_ray import logs, metrics, tracking, watch
+from d2c_ray import logs, metrics, progress, tracking, watch
 from d2c_ray import plan as plans
 from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, pools, to_yaml
 from d2c_ray.errors import Stopped, UserError, nearest, no_room
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
-from d2c_ray.rundir import PLAN, PROGRESS, STATUS, Lock, maker, now, versions, write_json, write_text
+from d2c_ray.repeating import repeating
+from d2c_ray.rundir import PLAN, STATUS, Lock, maker, now, versions, write_json, write_text
 
 ON_RAY = {"teacher", "score", "embed", "attach", "train", "sample", "unguided", "reference", "evaluate"}
 HEARTBEAT_SEC = 10.0  # between two signs of life in status.json
@@ -240,11 +241,7 @@ def _watched(node: Node, status: "Status") -> Iterator[None]:
 
     def told(lines: list[str]) -> None:
         status.waits(node, lines)
-        with suppress(FileNotFoundError, json.JSONDecodeError):  # where the driver of a sweep looks, whose trials write no status
-            said = json.loads((node.folder / PROGRESS).read_text())
-            said.pop("waits_for", None)
-            if not node.dir.done:
-                write_json(node.folder / PROGRESS, {**said, **({"waits_for": lines} if lines else {})})
+        progress.rewrite(node.name)  # where the driver of a sweep looks, whose trials write no status
 
     metrics.tell("d2c_stage_running", 1)
     try:
@@ -277,7 +274,7 @@ def _make(node: Node, share: int, status: "Status") -> None:
             {
                 "stage": node.stage, "fingerprint": node.hash, "inputs": {name: given.name for name, given in node.inputs.items()},
                 "rows_in": result.rows_in, "rows_done": result.rows_done, "rows_rejected": result.rows_rejected,
-                "seconds": round(before + time.monotonic() - started + result.seconds_elsewhere, 2), "place_seconds": round((before + time.monotonic() - started) * share + result.place_seconds_elsewhere, 2), **({"lineage": node.lineage} if node.lineage else {}), "places": share, "device": _device(node), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "seconds": round(before + time.monotonic() - started + result.seconds_elsewhere, 2), "place_seconds": round((before + time.monotonic() - started) * share + result.place_seconds_elsewhere, 2), **({"lineage": node.lineage} if node.lineage else {}), "places": share, "device": _device(node), "finished": now(),
                 "versions": versions(), "facts": result.facts,
             }
         )  # fmt: skip
@@ -427,30 +424,22 @@ class Status:
             upto: the last stage that is wanted.
             about: what else to say of the run.
         """
-        over = threading.Event()
-
-        def beat() -> None:
-            while not over.wait(HEARTBEAT_SEC):
-                with suppress(OSError):  # the next one may come through
-                    self.write()
-
         self._run |= {"upto": upto, **about}
         self.write()
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
         end = {"state": "done"}
         try:
-            yield
+            with repeating(self._write_if_possible, HEARTBEAT_SEC, "d2c-heartbeat"):
+                yield
         except BaseException as error:
             failed = isinstance(error, Exception)
             end = {"state": "failed", "error": str(unwrap(error) or f"{type(error).__name__}: {error}")} if failed else {"state": "stopped"}
             raise
         finally:
-            over.set()
-            thread.join()
             self._run |= end
-            with nullcontext() if end["state"] == "done" else suppress(OSError):  # a full disk's, which would hide what was wrong
+            if end["state"] == "done":
                 self.write()
+            else:
+                self._write_if_possible()
 
     def plan(self, nodes: list[Node], slots: int) -> None:
         """Keeps in plan.json what is expected of stages that have not begun, to be set beside what they take."""
@@ -479,8 +468,7 @@ class Status:
             self._stopped = True
             self._run |= {"state": "stopped"} if all_of_it else {}
             self._states |= {name: {"state": "stopped", "at": now()} for name, said in self._states.items() if said["state"] == "running"}
-        with suppress(OSError):  # which would hide what was wrong
-            self.write()
+        self._write_if_possible()
 
     def waits(self, node: Node, lines: list[str]) -> None:
         """Notes what a running stage waits for, or that it goes on."""
@@ -492,6 +480,11 @@ class Status:
             if lines:
                 state["waiting"] = {"since": now(), "for": lines}
         self.write()
+
+    def _write_if_possible(self) -> None:
+        """As `write`; what cannot be written, on a full disk for one, may come through next time, and must not hide what was wrong."""
+        with suppress(OSError, UserError):
+            self.write()
 
     def write(self) -> None:
         if not self._record:

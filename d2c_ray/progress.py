@@ -18,6 +18,7 @@ from d2c_ray.rundir import PROGRESS, now, write_json
 _bars: Any = None  # one live display for all bars of the process; rich allows no two
 _bars_users = 0
 _bars_lock = threading.Lock()
+_live: dict[str, "Progress"] = {}  # by the name of the stage's folder, of the work that goes on
 
 
 class Progress:
@@ -49,6 +50,8 @@ class Progress:
         self._task: Any = None
         self._note = ""
         self._about = logs.here()  # lines come from other threads too
+        self._writing = threading.Lock()
+        self._over = False
 
     def __enter__(self) -> "Progress":
         global _bars, _bars_users
@@ -63,11 +66,15 @@ class Progress:
             self._line()
         self._tell()
         self._write()
+        if self.folder is not None:
+            _live[self.folder.name] = self
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         global _bars, _bars_users
-        self._write()
+        if self.folder is not None:
+            _live.pop(self.folder.name, None)
+        self._write(last=True)
         if self._task is not None:
             with _bars_lock:
                 _bars.refresh()
@@ -119,9 +126,14 @@ class Progress:
         metrics.tell("d2c_rows_total", self.total, self._about)
         watch.heard(self._about.folder, self.done, self.label)
 
-    def _write(self) -> None:
+    def _write(self, last: bool = False) -> None:
         self._last_file = time.monotonic()
-        if self.folder is not None:
+        if self.folder is None:
+            return
+        with self._writing:  # the watchdog has it written too, and what is older must not come last
+            if self._over:
+                return
+            self._over = last
             with suppress(FileNotFoundError):  # a test's folder may be gone
                 write_json(
                     self.folder / PROGRESS,
@@ -137,6 +149,12 @@ class Progress:
                         **({"waits_for": waits} if (waits := watch.waits_for(self._about.folder)) else {}),
                     },
                 )
+
+
+def rewrite(folder: str) -> None:
+    """Has the work of a stage's folder, named, write `_progress.json` again, which says what it waits for too."""
+    if (live := _live.get(folder)) is not None:
+        live._write()
 
 
 def clock(seconds: float) -> str:

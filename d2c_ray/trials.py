@@ -157,7 +157,7 @@ def _check_values(key: str, values: Any, sweep: SweepConfig) -> None:
             )
     elif not isinstance(values, list) or not values:
         raise UserError(f"sweep.axes.{key}={values!r}: a list of values{'' if sweep.search == 'grid' else f', or {RANGE},'} would do.")
-    elif len({json.dumps(value) for value in values}) < len(values):
+    elif any(value in values[:i] for i, value in enumerate(values)):  # 0 and 0.0 are one
         raise UserError(f"sweep.axes.{key}={values} names a value twice.")
 
 

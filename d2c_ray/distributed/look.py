@@ -20,11 +20,14 @@ from ray._private.state import state as store
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.util import placement_group_table
 
+from d2c_ray.errors import UserError
+from d2c_ray.repeating import repeating
 from d2c_ray.rundir import write_json
 from d2c_ray.watch import Facts, Operator, Worker, where
 
 WORKERS = "workers"  # in a training's folder, a file a rank
 BEAT_SEC = 10.0  # between two notes of a training worker
+PATIENCE_SEC = 5.0  # longest that a note may hold up the end of a training
 TURN_SEC = 1.0  # between two looks at a dataset's operators
 
 _operators: dict[str, tuple[float, list[Operator]]] = {}  # by the stage's folder, of the executions in this process
@@ -108,21 +111,15 @@ class Beat:
     @contextmanager
     def beating(self) -> Iterator["Beat"]:
         """While the block lasts, of whose thread it is said."""
-        over, thread = threading.Event(), threading.get_ident()
+        thread = threading.get_ident()
 
-        def beat() -> None:
-            while True:
-                with suppress(OSError):  # a storage that stalls is nothing to end a training for
-                    self._note(where(sys._current_frames().get(thread)))
-                if over.wait(BEAT_SEC):
-                    return
+        def note() -> None:
+            with suppress(OSError, UserError):  # a storage that stalls or is full is nothing to end a training for
+                self._note(where(sys._current_frames().get(thread)))
 
-        teller = threading.Thread(target=beat, daemon=True)
-        teller.start()
-        try:
+        note()
+        with repeating(note, BEAT_SEC, "d2c-beat", patience_sec=PATIENCE_SEC):
             yield self
-        finally:
-            over.set()
 
     def _note(self, at: str) -> None:
         write_json(
