@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Imports nothing heavy before a command runs."""
 
+import select
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -111,9 +112,16 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()  # raises where it is that one
+            if any(map(_unread, (1, 2))):
+                raise
             raise RuntimeError("a process that this one talks to has ended") from error
+
+
+def _unread(descriptor: int) -> bool:
+    """Whether a pipe that this process writes to has no reader any more."""
+    asked = select.poll()
+    asked.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
 
 
 # Plain help: typer's own layout imports rich, which takes longer than everything else together.
@@ -242,7 +250,7 @@ def verify(
             print(f"note: {shown(note)}")
         for fault in found.faults:
             print(f"wrong: {shown(fault)}")
-        print(f"{f'{len(found.faults)} wrong' if found.faults else 'all right'}: {folder}: {found.summary()}")
+        print(f"{f'{len(found.faults)} wrong' if found.faults else 'all right'}: {folder}: {shown(found.summary())}")
         wrong |= bool(found.faults)
     if wrong:
         sys.exit(2)
@@ -422,7 +430,7 @@ def sweep(
 
             print(json.dumps(found, indent=1))
         else:
-            print("\n".join(report.forecast_lines(found)))
+            print(shown("\n".join(report.forecast_lines(found))))
         return
     try:
         done = sweeps.run(base, say=_say)
@@ -430,7 +438,7 @@ def sweep(
         _say("interrupted; the same command goes on from here.")
         sys.exit(130)
     with logs.results():
-        print("\n".join(report.lines(base, done.folder, outcomes.gather(done.folder, base))))
+        print(shown("\n".join(report.lines(base, done.folder, outcomes.gather(done.folder, base)))))
 
 
 @_command("submit")
@@ -492,7 +500,7 @@ def status(
 
         print(json.dumps(found, indent=1))
     else:
-        print("\n".join(status.lines(found)))
+        print(shown("\n".join(status.lines(found))))
 
 
 @_command("import-model")
@@ -607,7 +615,7 @@ def plan(
 
         print(json.dumps(found, indent=1))
     else:
-        print("\n".join(estimate.lines(found)))
+        print(shown("\n".join(estimate.lines(found))))
 
 
 def _at_hand(config: Any, address: str) -> Any:

@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +34,7 @@ from d2c_ray.config import Config, SweepConfig, from_dict, to_dict, to_yaml
 from d2c_ray.data import tables
 from d2c_ray.errors import UserError
 from d2c_ray.plan import Node, Plan
+from d2c_ray.repeating import repeating
 from d2c_ray.report import gather, outcomes
 from d2c_ray.report import sweep as report
 from d2c_ray.report.outcomes import DONE, FAILED, RUNNING, STOPPED, WAITING
@@ -373,9 +373,11 @@ def _for_seconds(config: Config, options: SweepConfig, context: Context, name: s
 def _watched(sweep: Sweep, total: int, interval_sec: float, say: Say) -> Iterator[Callable[[dict[str, Any], str], None]]:
     """Says how the trials come along; gives what is to be told how each of them ended."""
     # ASHA is told of the finished ones again.
-    over, ended_so_far = threading.Event(), [0 if sweep.config.sweep.asha else sum(_finished(sweep, trial) for trial in sweep.trials)]
+    ended_so_far = 0 if sweep.config.sweep.asha else sum(_finished(sweep, trial) for trial in sweep.trials)
+    said = time.monotonic()
 
     def ended(chosen: dict[str, Any], how: str) -> None:
+        nonlocal ended_so_far
         points = (chosen, trials.twin(chosen, sweep.config)) if "id" not in chosen else ()
         mine = [record for record in outcomes.records(sweep.folder) if record["id"] == chosen.get("id") or record["point"] in points]
         if not mine and how == FAILED and "id" in chosen:  # before it could say anything
@@ -384,31 +386,27 @@ def _watched(sweep: Sweep, total: int, interval_sec: float, say: Say) -> Iterato
             if record["state"] == RUNNING:
                 record |= {"state": STOPPED} if how == STOPPED else {"state": FAILED, "error": record["error"] or "its process died"}
                 outcomes.write_record(sweep.folder, record)
-        ended_so_far[0] += 1
+        ended_so_far += 1
         worst = next((record for record in mine if record["state"] == FAILED), None)
         what = f"failed: {worst['error']}" if worst else "ended early" if any(record["state"] == STOPPED for record in mine) else how
-        say(f"{ended_so_far[0]} of {total}: {chosen.get('label') or trials.label(chosen)}: {what}")
+        say(f"{ended_so_far} of {total}: {chosen.get('label') or trials.label(chosen)}: {what}")
 
-    def follow() -> None:
+    def look() -> None:
+        nonlocal said
+        records = outcomes.records(sweep.folder)
+        _count(sweep, total, records)
+        if time.monotonic() - said < interval_sec:
+            return
         said = time.monotonic()
-        while not over.wait(min(interval_sec, COUNT_SEC)):
-            records = outcomes.records(sweep.folder)
-            _count(sweep, total, records)
-            if time.monotonic() - said < interval_sec:
-                continue
-            said = time.monotonic()
-            running = [f"{record['label']} ({how})" for record in records if record["state"] == RUNNING and (how := _stands(sweep, record))]
-            if running:
-                say(f"{ended_so_far[0]} of {total} trials; running {'; '.join(running)}")
-        _count(sweep, total, outcomes.records(sweep.folder))
+        running = [f"{record['label']} ({how})" for record in records if record["state"] == RUNNING and (how := _stands(sweep, record))]
+        if running:
+            say(f"{ended_so_far} of {total} trials; running {'; '.join(running)}")
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
     try:
-        yield ended
+        with repeating(look, min(interval_sec, COUNT_SEC), "d2c-trials"):
+            yield ended
     finally:
-        over.set()
-        thread.join()
+        _count(sweep, total, outcomes.records(sweep.folder))
 
 
 def _count(sweep: Sweep, total: int, records: list[dict[str, Any]]) -> None:

@@ -1,9 +1,10 @@
 """The hang watchdog: when a stage stands still, it says which operator waits for what. It ends nothing.
 
-Stages are watched by the process that makes them, in one thread, and go by their progress. What stands still is told in the log and in
-status.json until it goes on.
+Stages are watched by the process that makes them, in one thread for all (a look at Ray, which may never answer, has one of its own), and
+go by their progress. What stands still is told in the log and in status.json until it goes on.
 """
 
+import re
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from d2c_ray import logs, metrics
+from d2c_ray.errors import UserError
 from d2c_ray.logs import About
 
 POLL_SEC = 2.0
@@ -256,6 +258,8 @@ class _Stage:
     label: str = ""
     said: list[str] = field(default_factory=list)
     said_at: float = 0.0
+    logged_at: float = 0.0
+    looking: threading.Thread | None = None  # at Ray, which has not answered yet
 
 
 _stages: dict[str, _Stage] = {}  # by folder
@@ -326,33 +330,42 @@ def _look_at(mine: _Stage) -> None:
     if mine.said and time.monotonic() - mine.said_at < min(mine.limit, 60.0):
         return  # it was looked at a moment ago
     lines = explain(_patiently(mine), _stands(mine.thread)) or ["nothing that can be seen"]
-    if _stages.get(mine.about.folder) is not mine or mine.since > time.monotonic() - mine.limit:
-        return  # there was progress meanwhile
-    if lines != mine.said or time.monotonic() - mine.said_at >= 10 * mine.limit:
+    with _watching:  # as the end of the stage has it, which must come last
+        if _stages.get(mine.about.folder) is not mine or mine.since > time.monotonic() - mine.limit:
+            return  # there was progress meanwhile
+        news = _gist(lines) != _gist(mine.said) or time.monotonic() - mine.logged_at >= 10 * mine.limit
+        mine.said, mine.said_at = lines, time.monotonic()
+        mine.logged_at = mine.said_at if news else mine.logged_at
+        metrics.tell("d2c_stage_stalled", 1, mine.about)
+    if news:
         logs.say(
             f"{mine.label or mine.about.stage}: no progress for {still:.0f} s: {'; '.join(lines)}", "warning", mine.about,
             seconds_without_progress=round(still, 1), waits_for=lines, rows_done=mine.done,
         )  # fmt: skip
-    mine.said, mine.said_at = lines, time.monotonic()
-    metrics.tell("d2c_stage_stalled", 1, mine.about)
     _tell(mine, lines)
 
 
+def _gist(lines: list[str]) -> list[str]:
+    """What is waited for without for how long, which is no news."""
+    return [re.sub(r"\b\d+ s\b", "", line) for line in lines]
+
+
 def _clear(mine: _Stage) -> None:
-    if mine.said:
-        mine.said = []
+    with _watching:
+        said, mine.said = mine.said, []
+        metrics.tell("d2c_stage_stalled", 0, mine.about)
+    if said:
         logs.say(f"{mine.label or mine.about.stage}: goes on", about=mine.about, rows_done=mine.done)
         _tell(mine, [])
-    metrics.tell("d2c_stage_stalled", 0, mine.about)
 
 
 def _tell(mine: _Stage, lines: list[str]) -> None:
-    with suppress(OSError):  # a full disk is the stage's to fail on
+    with suppress(OSError, UserError):  # a full disk is the stage's to fail on
         mine.told(lines)
 
 
 def _patiently(mine: _Stage) -> Facts:
-    """A look that does not wait for ever for a head that has gone."""
+    """A look that does not wait for ever for a head that has gone, and none beside one that still waits."""
     found: list[Facts] = []
 
     def look() -> None:
@@ -361,9 +374,10 @@ def _patiently(mine: _Stage) -> Facts:
         except Exception as error:  # whatever Ray raises: the watchdog is the last that may fall over it
             found.append(Facts(silent=f"Ray could not be asked ({type(error).__name__}: {' '.join(str(error).split())[:200]})"))
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    thread.join(LOOK_SEC)
+    if mine.looking is None or not mine.looking.is_alive():
+        mine.looking = threading.Thread(target=look, daemon=True, name="d2c-look")
+        mine.looking.start()
+        mine.looking.join(LOOK_SEC)
     return found[0] if found else Facts(silent=f"Ray's head does not answer within {LOOK_SEC:.0f} s")
 
 

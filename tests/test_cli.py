@@ -1,5 +1,6 @@
 """The command line as a user meets it, without running a stage."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -70,6 +71,20 @@ def test_a_mistake_is_one_line_and_exit_status_2() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("d2c: unknown configuration key 'train.lrr'; did you mean 'lr'?")
     assert "Traceback" not in done.stderr
+
+
+def test_a_broken_pipe_is_only_passed_over_where_it_is_that_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*words: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_run", gone)
+    with pytest.raises(RuntimeError, match="has ended") as found:
+        cli.main(["run", "configs/quickstart.yaml"])
+    assert isinstance(found.value.__cause__, BrokenPipeError)
+    done = subprocess.run(
+        f"{sys.executable} -m d2c_ray.cli config configs/quickstart.yaml | true", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr, done.stderr
 
 
 def test_config_prints_the_resolved_configuration() -> None:

@@ -1,5 +1,6 @@
 """How far a run is, from its folder alone: while it goes on, after whatever ended it, and from a copy in a bucket."""
 
+import errno
 import json
 import os
 import signal
@@ -136,6 +137,34 @@ def failed_beside(plan: Plan, node: Node) -> None:
         raise ValueError("the one")
 
 
+def test_a_full_disk_ends_no_heartbeat_and_hides_no_other_error(debug_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "HEARTBEAT_SEC", 0.02)
+    plan = pipeline.run(debug_config(), "manifest", **SILENT)
+    path = plan.folder / "status.json"
+
+    def full(*names: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def disturbed() -> None:
+        with going_on(plan) as own:
+            before = path.stat().st_ino
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "replace", full)
+                with pytest.raises(UserError, match="no room"):
+                    own.write()
+                pipeline.time.sleep(0.2)
+                own.stop()
+            until = pipeline.time.monotonic() + 10
+            while path.stat().st_ino == before and pipeline.time.monotonic() < until:
+                pipeline.time.sleep(0.02)
+            assert path.stat().st_ino != before, "there is room again"
+            monkeypatch.setattr(os, "replace", full)
+            raise ValueError("the one")
+
+    with pytest.raises(ValueError, match="the one"):
+        disturbed()
+
+
 def test_sigterm_stops_a_run_that_then_says_so(debug_config) -> None:
     config = debug_config()
     plan = make(config)
@@ -192,6 +221,19 @@ def test_a_configuration_means_its_run(debug_config, tmp_path: Path, capsys: pyt
 def test_it_needs_neither_ray_nor_torch() -> None:
     code = "import sys; from d2c_ray.report import status; print([m for m in ('torch', 'ray', 'pyarrow', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "[]"
+
+
+def test_what_a_stage_waits_for_is_said(debug_config) -> None:
+    plan = pipeline.run(debug_config(), "manifest", **SILENT)
+    (teacher,) = plan.of("teacher")
+    with going_on(plan) as own:
+        own.set(teacher, "running")
+        own.waits(teacher, ["operator MapBatches(Scorer): \x1b[2J", "the driver stands in x"])
+        found = read(plan.folder)
+        assert next(stage for stage in found["stages"] if stage["stage"] == "teacher")["waits_for"][1] == "the driver stands in x"
+        assert [line.strip() for line in status.lines(found) if "waits:" in line][1] == "waits: the driver stands in x"
+        own.waits(teacher, [])
+        assert not [line for line in status.lines(read(plan.folder)) if "waits:" in line]
 
 
 def test_a_sweep_counts_its_trials(debug_config) -> None:

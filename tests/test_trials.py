@@ -45,6 +45,7 @@ def given(*overrides: str) -> Config:
         (["sweep.axes={select.budget: 3}"], "a list of values would do"),
         (["sweep.axes={select.budget: []}"], "a list of values would do"),
         (["sweep.axes={select.budget: [30, 30]}"], "names a value twice"),
+        (["sweep.axes={train.align_weight: [0, 0.0]}", "sweep.search=random", "sweep.num_points=2"], "names a value twice"),
         (["sweep.axes={train.lr: {low: 0.1, high: 1}}"], "a grid cannot try every value"),
         (["sweep.axes={train.lr: {low: 1, high: 0.1}}", "sweep.search=random"], "is no range"),
         (["sweep.axes={train.lr: {low: 0, high: 1, log: true}}", "sweep.search=random"], "a logarithmic one above 0"),

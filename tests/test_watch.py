@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -25,7 +27,9 @@ from d2c_ray.config import load
 from d2c_ray.distributed import cluster, embed, look, pool, telemetry
 from d2c_ray.distributed import score as scoring
 from d2c_ray.distributed.actors import Embedder, Sampler, Scorer
+from d2c_ray.progress import Progress, rewrite
 from d2c_ray.rejects import Rejects
+from d2c_ray.repeating import repeating
 from d2c_ray.report import outcomes
 from d2c_ray.watch import Facts, Operator, Worker, explain
 
@@ -337,6 +341,49 @@ def test_lines_of_libraries_take_the_same_shape() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", said["time"])
 
 
+def test_logging_neither_hangs_nor_raises_where_it_is_called() -> None:
+    code = """
+import logging
+from d2c_ray import logs
+
+class Talks:
+    def __str__(self):
+        logging.getLogger("d2c_test").warning("inner")
+        return "outer"
+
+logs.configure("json", "small")
+logging.getLogger("d2c_test").warning("%s", Talks())
+logging.getLogger("d2c_test").warning("%d", "no number")
+with logs.results():
+    print("all of it", end="")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line)["message"] for line in done.stderr.splitlines() if line.startswith("{")]
+    assert said == ["inner", "outer", "all of it"]
+
+
+def test_work_is_repeated_until_the_block_ends() -> None:
+    calls: list[float] = []
+    with repeating(lambda: calls.append(time.monotonic()), 0.02, "d2c-test"):
+        until(lambda: len(calls) >= 3, 5)
+        assert any(thread.name == "d2c-test" for thread in threading.enumerate())
+    count = len(calls)
+    time.sleep(0.1)
+    assert len(calls) == count and not any(thread.name == "d2c-test" for thread in threading.enumerate())
+
+
+def test_progress_that_is_over_is_not_written_again(tmp_path: Path) -> None:
+    with Progress("score", 3, "images", tmp_path) as progress:
+        progress.done = 2
+        rewrite(tmp_path.name)
+        assert json.loads((tmp_path / "_progress.json").read_text())["done"] == 2
+    (tmp_path / "_progress.json").unlink()  # as the end of a stage does
+    rewrite(tmp_path.name)
+    progress._write()
+    assert not (tmp_path / "_progress.json").exists()
+
+
 # What is waited for, of Ray's own answers
 
 HEAD, GPU = "e685ea6c3c3db67c608a940177631471c3e878acd9c1004d95a5941f", "99c1fd6c3c3db67c608a940177631471c3e878acd9c1004d95a50000"
@@ -443,6 +490,30 @@ def test_training_workers_say_where_they_stand_until_the_training_is_over(tmp_pa
     assert explain(Facts(workers=[worker], num_workers=whole))[0] == "training workers that have not reported: rank 1 of 2"
     look.forget_workers(tmp_path)
     assert look._workers(tmp_path / look.WORKERS) == ([], 0)
+
+
+def test_a_long_wait_is_logged_once_and_looked_at_by_one_thread(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "LOOK_SEC", 0.01)
+    asked, silent = [], threading.Event()
+    seconds = iter(range(60, 1000))
+
+    def hangs() -> Facts:
+        asked.append(1)
+        silent.wait(30)
+        return Facts()
+
+    told: list[list[str]] = []
+    with watch.stage(logs.About("small", "score", "scores-00000000"), 0.1, told.append, hangs):
+        until(lambda: len(told) >= 4, 10)
+    assert len(asked) == 1
+    silent.set()
+    capsys.readouterr()
+    monkeypatch.setattr(watch, "LOOK_SEC", 5.0)
+    told.clear()
+    with watch.stage(logs.About("small", "score", "scores-1"), 0.25, told.append, lambda: Facts(silent=f"silent for {next(seconds)} s")):
+        until(lambda: len(told) >= 4, 10)
+    said = capsys.readouterr().err
+    assert told[0] != told[1] and said.count("no progress for") == 1
 
 
 def test_nothing_is_said_while_there_is_progress_and_a_head_that_is_gone_is(capsys: pytest.CaptureFixture) -> None:

@@ -32,8 +32,9 @@ def take(source: list[Path], rows: list[Path], out: Path, rows_per_part: int, ad
     facts = {"rejected": [], "storage": told[0]["storage"], "cosine": cosine, "device": told[0]["device"]}
     cut = units.cut(units.shards(rows), rows_per_part)
     missing = [unit for unit in cut if not _part(out, unit).is_file()]
+    unwritten = {unit["unit"] for unit in missing}
     for unit in cut:
-        if unit not in missing:
+        if unit["unit"] not in unwritten:
             advance(unit["stop"] - unit["start"])
     wanted = pa.concat_arrays(
         [units.read_rows(unit).column("sample_id").combine_chunks() for unit in missing] or [pa.array([], pa.int64())]

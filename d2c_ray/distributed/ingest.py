@@ -8,7 +8,6 @@ import json
 import logging
 import shutil
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from d2c_ray.distributed.cluster import Share
 from d2c_ray.distributed.look import Operators
 from d2c_ray.errors import UserError
 from d2c_ray.logs import About
+from d2c_ray.repeating import repeating
 from d2c_ray.selection.noise import noise as scoring_noise
 
 Extend = Callable[[pa.Table], pa.Table]
@@ -119,7 +119,7 @@ def stream(
         )  # fmt: skip
     loads, operators = _Loads(notes, share.actors), Operators(about.folder)
     dataset.context.custom_execution_callback_classes = [lambda: loads, lambda: operators]
-    with _Listener(share, say) as listener, _words_of_actors():
+    with _Listener(share, say).listening() as listener, _words_of_actors():
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             listener.heard()
             loads.heard()
@@ -166,24 +166,18 @@ class _Listener:
     def __init__(self, share: Share, say: Say):
         self._share, self._say = share, say
         self._last = time.monotonic()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
 
-    def __enter__(self) -> "_Listener":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    @contextmanager
+    def listening(self) -> Iterator["_Listener"]:
+        with repeating(self._listen, 1.0, "d2c-listener"):
+            yield self
 
     def heard(self) -> None:
         self._last = time.monotonic()
 
     def _listen(self) -> None:
-        while not self._stop.wait(1.0):
-            if time.monotonic() - self._last > QUIET_SEC:
-                self._say(cluster.waiting_for(self._share))
+        if time.monotonic() - self._last > QUIET_SEC:
+            self._say(cluster.waiting_for(self._share))
 
 
 class _Loads:

@@ -14,7 +14,10 @@ from d2c_ray.logs import About
 
 _SEND = {"counter": "inc", "gauge": "set", "histogram": "observe"}
 AGAIN_SEC = 4.0  # between two tellings of what gauges stand at: Ray drops one that it has not heard of for two of its intervals, 20 s
+MOST_GAUGES = 1024  # that are told again; a process that serves one trial after the other sets those of each
 _gauges: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+
+_setting = threading.Lock()  # stages side by side do
 
 
 def adopt(about: About) -> None:
@@ -31,15 +34,21 @@ def follow() -> None:
 def forget() -> None:
     """Lets go of Ray's metrics, which belong to the Ray that has ended."""
     metrics.listen(None)
-    _gauges.clear()
+    with _setting:
+        _gauges.clear()
     _metric.cache_clear()
 
 
 def _send(name: str, value: float, tags: dict[str, str]) -> None:
     kind = metrics.METRICS[name].kind
     if kind == "gauge":
-        _gauges[name, frozenset(tags.items())] = value
-        _repeat()
+        with _setting:
+            key = name, frozenset(tags.items())
+            _gauges.pop(key, None)  # the one that was set last comes last
+            _gauges[key] = value
+            while len(_gauges) > MOST_GAUGES:
+                del _gauges[next(iter(_gauges))]
+            _repeat()
     if ray.is_initialized() and not (kind == "counter" and value <= 0):  # by nothing at all, Ray lets none grow
         getattr(_metric(name, ray.get_runtime_context().gcs_address), _SEND[kind])(value, tags)
 
@@ -51,7 +60,9 @@ def _repeat() -> None:
     def again() -> None:
         while True:
             time.sleep(AGAIN_SEC)
-            for (name, tags), value in list(_gauges.items()):
+            with _setting:
+                every = list(_gauges.items())
+            for (name, tags), value in every:
                 with suppress(Exception):  # a Ray that ends just now
                     if ray.is_initialized():
                         _metric(name, ray.get_runtime_context().gcs_address).set(value, dict(tags))

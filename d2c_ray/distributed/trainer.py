@@ -7,7 +7,6 @@ interruption finds them and goes on at the next image, on as many workers as the
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
@@ -34,6 +33,7 @@ from d2c_ray.models import latents, published, weights
 from d2c_ray.models.frozen import check_weights
 from d2c_ray.models.transformer import Transformer, TransformerSpec
 from d2c_ray.progress import Progress
+from d2c_ray.repeating import repeating
 from d2c_ray.report.preview import Preview
 from d2c_ray.rundir import SUCCESS, write_text
 from d2c_ray.tracking import Trackers
@@ -81,7 +81,7 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
     shown = math.ceil(options.num_images / options.batch_size) * options.batch_size  # whole steps
     with (
         job.progress(shown, done=_last(metrics).get("images", 0), title=title) as progress,
-        _Watch(metrics, progress, trackers, partial(cluster.training_waits_for, least, use_gpu)),
+        _followed(metrics, progress, trackers, partial(cluster.training_waits_for, least, use_gpu)),
     ):
         checkpoint = fit(job.config, spec.to_dict(), options, data, facts, job.out, workers, use_gpu, encoders, after)
     with checkpoint.as_directory() as folder:
@@ -405,37 +405,30 @@ def _parsed(line: str) -> dict[str, Any]:
         return {}
 
 
-class _Watch:
-    """Follows a metrics file, which the workers write, in a thread: for the progress line and for trackers.
+@contextmanager
+def _followed(metrics: Path, progress: Progress, trackers: Trackers, waiting: Callable[[], str]) -> Iterator[None]:
+    """While the block lasts, follows a metrics file, which the workers write: for the progress line and for trackers.
 
     Until there is a first line, the progress line says what `waiting` does.
     """
+    lines = Tail(metrics)
 
-    def __init__(self, metrics: Path, progress: Progress, trackers: Trackers, waiting: Callable[[], str]):
-        self._lines, self._progress, self._trackers, self._waiting = Tail(metrics), progress, trackers, waiting
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._trackers.close(whole=exc[0] is None)
-
-    def _follow(self) -> None:
-        while not self._stop.wait(0.5):
-            self._show()
-        self._show()
-
-    def _show(self) -> None:
-        records = [record for record in map(_parsed, self._lines.new()) if record]
-        self._trackers.follow(records)  # also where there are none: a preview comes after its record
+    def show() -> None:
+        records = [record for record in map(_parsed, lines.new()) if record]
+        trackers.follow(records)  # also where there are none: a preview comes after its record
         if records:
-            self._progress.at(records[-1]["images"], f"loss {float(records[-1]['loss']):.3f}")
-        elif not self._lines.read:
-            self._progress.at(self._progress.done, self._waiting() if ray.is_initialized() else "starting")
+            progress.at(records[-1]["images"], f"loss {float(records[-1]['loss']):.3f}")
+        elif not lines.read:
+            progress.at(progress.done, waiting() if ray.is_initialized() else "starting")
+
+    whole = False
+    try:
+        with repeating(show, 0.5, "d2c-metrics"):
+            yield
+        whole = True
+    finally:
+        show()
+        trackers.close(whole=whole)
 
 
 class Tail:

@@ -129,6 +129,8 @@ def _stage(folder: _Folder, node: dict[str, Any], said: dict[str, Any], run: str
     if state == "running" and run != "running":
         state = "stopped"  # with its run
     found |= {"state": state, **({"error": own["error"]} if "error" in own else {})}
+    if state == "running" and "waiting" in own:
+        found["waits_for"] = own["waiting"]["for"]
     if state == "waiting":
         return found
     progress = folder.json(f"{node['folder']}/{PROGRESS}") or {}
@@ -166,7 +168,7 @@ def _trial(folder: _Folder, stages: dict[str, str]) -> dict[str, Any]:
     for stage in OF_TRIALS:
         if stage in stages and folder.json(f"{stages[stage]}/{SUCCESS}") is None:
             progress = folder.json(f"{stages[stage]}/{PROGRESS}") or {}
-            return {"stage": stage, **{key: progress[key] for key in ("done", "total", "unit", "rate") if progress.get(key)}}
+            return {"stage": stage, **{key: progress[key] for key in ("done", "total", "unit", "rate", "waits_for") if progress.get(key)}}
     return {}
 
 
@@ -182,12 +184,15 @@ def lines(found: dict[str, Any]) -> list[str]:
         out.append(f"  {title:<{WIDEST}} {stage['state']:<8} {_counts(stage)}".rstrip())
         if stage.get("error"):
             out.append(f"    {_short(stage['error'])}")
+        out += [f"    waits: {_short(line)}" for line in stage.get("waits_for", ())]
     sweep = found["sweep"]
     if sweep:
         words = {"stopped": "ended early", "cut_off": "cut off"}
         counts = ", ".join(f"{count} {words.get(state, state)}" for state, count in sweep["counts"].items() if count)
         out.append(f"  {sweep['folder']}: {sweep['trials']} trials: {counts or 'none has begun'}")
-        out += [f"    running  {trial['label']}: {trial.get('stage', 'starting')} {_counts(trial)}".rstrip() for trial in sweep["running"]]
+        for trial in sweep["running"]:
+            out.append(f"    running  {trial['label']}: {trial.get('stage', 'starting')} {_counts(trial)}".rstrip())
+            out += [f"      waits: {_short(line)}" for line in trial.get("waits_for", ())]
         out += [f"    failed   {trial['label']}: {_short(trial['error'])}" for trial in sweep["failed"]]
     return out
 
