@@ -542,11 +542,17 @@ def test_a_few_photographs_are_learned(cifar10: Path, tmp_path: Path) -> None:
     [
         (("resources.actors=9", "resources.num_cpus=4"), "9 actors of one CPU and one free CPU for decoding want 10 CPUs; Ray has 4"),
         (("resources.gpus_per_actor=1", "resources.actors=2"), "want 2 GPUs; the cluster has 0"),
-        (("resources.teacher_workers=16", "teacher.train.batch_size=256"), "resources.teacher_workers=16 wants 16 CPUs"),
+        (
+            ("resources.teacher_workers=16", "teacher.train.batch_size=256", "resources.num_cpus=4"),
+            "resources.teacher_workers=16 wants 16 CPUs",
+        ),
         (("resources.address=127.0.0.1:1",), "no Ray cluster answers"),
     ],
 )
-def test_work_that_the_cluster_cannot_hold_is_refused(debug_config, knobs: tuple[str, ...], words: str, drill: Drill) -> None:
+def test_work_that_the_cluster_cannot_hold_is_refused(
+    debug_config, monkeypatch: pytest.MonkeyPatch, knobs: tuple[str, ...], words: str, drill: Drill
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a machine with GPUs has none either
     before = contents(pipeline.run(debug_config(), upto="manifest", **SILENT).folder)
     with pytest.raises(UserError, match=words):
         pipeline.run(debug_config(*knobs), upto="teacher", **SILENT)

@@ -3,8 +3,8 @@
     python jobs/bench/drills.py [--quick] [--only WORDS]
 
 Runs the tests with the mark `drill`, each on a real Ray of this machine, of several raylets where nodes come and go. A drill
-survives if the run ends with the content of one that nothing happened to, or refuses in words and has changed nothing.
-rows_lost and rows_twice are counted in the tables it left. redone_share is work that was begun a second time, as its own logs have
+survives if the run ends with the content of one that nothing happened to, or refuses in words and has changed nothing (no rows are
+counted then). rows_lost and rows_twice are counted in the tables it left. redone_share is work that was begun a second time, as its own logs have
 it, over all the work of the stage that was disturbed; 1 where a stage of seconds begins anew. --quick: the drills that a plain
 `pytest` runs too. --only: pytest's -k. The last line is one JSON object.
 """
@@ -48,9 +48,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for row in rows:
         again = "-" if row["redone_share"] is None else f"{row['redone_share']:.1%}"
-        print(
-            f"| {row['name']} | {'yes' if row['survived'] else 'NO'} | {row['rows_lost']} | {row['rows_twice']} | {again} | {row['seconds']} |"
-        )
+        lost, twice = ("-" if row[name] is None else row[name] for name in ("rows_lost", "rows_twice"))
+        print(f"| {row['name']} | {'yes' if row['survived'] else 'NO'} | {lost} | {twice} | {again} | {row['seconds']} |")
     print(json.dumps({"drills": rows, "survived": sum(row["survived"] for row in rows), "cpus": os.cpu_count()}))
     sys.exit(done.returncode)
 

@@ -1,16 +1,23 @@
 """The driver killed in every stage, one after the other: it ends with the bytes of a run that nothing happened to."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from conftest import DEBUG, ROOT
 from drilling import Drill
+from ray.cluster_utils import Cluster
 from test_pipeline import finish, kill, only, wait_for
+from test_pipeline import start as command
 
 from d2c_ray.data import tables
 
@@ -89,7 +96,7 @@ STAGES = (
     ("condensed", "condensed-*/part-000002.parquet", "Attacher"),
     ("train", "train-*/checkpoints/checkpoint_*/state.json", "images"),
     ("samples", "samples-*/part-000001.parquet", "Sampler"),
-    ("eval", "pause eval-*/metrics.json", "Embedder"),
+    ("eval", "eval-*/samples/part-000000.parquet", "Embedder"),
 )
 
 
@@ -120,3 +127,39 @@ def test_a_driver_killed_in_each_stage_ends_as_if_undisturbed(tmp_path: Path, dr
         whole = once[what] if what in ("manifest", "select") else len(rows(undisturbed, stage))  # an actor may work for two stages
         again = redone[stage] if stage in redone else (begun[what] - once[what]) / whole
         drill.measured(rows(folder, stage), rows(undisturbed, stage), again, f"driver killed: {stage}", seconds[stage])
+
+
+@pytest.fixture
+def address(no_ray: None) -> Iterator[str]:
+    """Of a cluster whose head has no CPUs, as where each node is a pod, and of one node that works."""
+    folder = tempfile.mkdtemp(prefix="d2c-", dir="/tmp")
+    options = {"num_cpus": 0, "temp_dir": folder, "include_dashboard": False}
+    running = Cluster(initialize_head=True, head_node_args=options)
+    running.add_node(num_cpus=4)
+    ray.init(address=running.address, log_to_driver=False)
+    running.wait_for_nodes()
+    ray.shutdown()
+    yield running.address
+    running.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.drill("driver alone killed on a cluster whose head has no CPUs, and started again at once", ci=False)
+def test_a_driver_killed_beside_its_workers_ends_as_if_undisturbed(address: str, tmp_path: Path, drill: Drill) -> None:
+    """What it had at work may still write while the next one does: nothing waits until Ray has ended it."""
+    words = ("run", str(DEBUG), f"resources.address={address}", *SETTINGS)
+    undisturbed, folder = tmp_path / "undisturbed" / "debug", tmp_path / "disturbed" / "debug"
+    finish(command(*words, f"run.dir={undisturbed.parent}"))
+    process = command(*words, f"run.dir={folder.parent}")
+    for pattern in ("scores-*/part-000001.parquet", "condensed-*/part-000001.parquet", "train-*/checkpoints/checkpoint_*/state.json"):
+        wait_for(exists(folder, pattern), process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (only(folder, pattern.split("/")[0]) / "_SUCCESS.json").exists(), f"{pattern}: the stage was over before"
+        process = command(*words, f"run.dir={folder.parent}")
+    finish(process)
+    same(folder, undisturbed)
+    found, wanted = ([row for stage in ("scores", "condensed", "train") for row in rows(run, stage)] for run in (folder, undisturbed))
+    for stage in ("scores", "condensed", "train"):
+        assert rows(folder, stage) == rows(undisturbed, stage), stage
+    drill.measured(list(enumerate(found)), list(enumerate(wanted)), None)

@@ -25,6 +25,10 @@ def trial_processes(driver: int) -> list[int]:
     return [child.pid for child in psutil.Process(driver).children(recursive=True) if "ImplicitFunc" in " ".join(child.cmdline()[:1])]
 
 
+def losses(path: Path) -> list[tuple[int, float]]:
+    return [(record["images"], record["loss"]) for record in map(json.loads, path.read_text().splitlines())]
+
+
 @pytest.mark.drill("Tune trial killed", ci=False)
 def test_a_trial_killed_while_it_trains_costs_no_number(config: Path, tmp_path: Path, drill: Drill) -> None:  # noqa: F811
     folder = tmp_path / "killed" / "small"
@@ -32,17 +36,26 @@ def test_a_trial_killed_while_it_trains_costs_no_number(config: Path, tmp_path: 
     wait_for(lambda: list(folder.glob("train-*/checkpoints/checkpoint_*/state.json")), process)
     (trial,) = trial_processes(process.pid)
     os.kill(trial, signal.SIGKILL)
-    (state,) = list(folder.glob("train-*/checkpoints/checkpoint_*/state.json"))[-1:]
+    state = max(folder.glob("train-*/checkpoints/checkpoint_*/state.json"))
     (metrics,) = folder.glob("train-*/metrics.jsonl")
     seen = json.loads(metrics.read_text().splitlines()[-1])["images"]
     assert not list(folder.glob("train-*/_SUCCESS.json")), "it was over before it was killed"
     redone = (seen - json.loads(state.read_text())["images"]) / 512 / 3  # of three trials
+    wait_for(lambda: set(trial_processes(process.pid)) - {trial}, process)  # Tune's, in its place
     out = finish(process)
-    assert "best: selector=" in out
+    assert "best: budget=40 selector=" in out
 
     apart = tmp_path / "undisturbed" / "small"
     shutil.copytree(folder, apart, ignore=lambda _, names: [name for name in names if name.split("-")[0] in OWN])
     finish(start("sweep", str(config), f"run.dir={apart.parent}"))
     mine, other = ({name: {key: row[key] for key in SAME} for name, row in results(run).items()} for run in (folder, apart))
     assert mine == other
+    for pattern in ("train-*/model/*.safetensors", "train-*/metrics.jsonl", "samples-*/part-*.parquet", "eval-*/metrics.json"):
+        found = sorted(folder.glob(pattern))
+        assert [path.relative_to(folder) for path in found] == sorted(path.relative_to(apart) for path in apart.glob(pattern)) and found
+        for path in found:
+            if path.name == "metrics.jsonl":  # a step's loss; how long it took is another matter
+                assert losses(path) == losses(apart / path.relative_to(folder)), path
+            else:
+                assert path.read_bytes() == (apart / path.relative_to(folder)).read_bytes(), path
     drill.measured(mine, other, redone)

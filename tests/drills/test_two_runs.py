@@ -29,4 +29,4 @@ def test_the_second_of_two_runs_on_one_folder_refuses(no_ray: None, tmp_path: Pa
     wanted = expected(config)
     check(node.dir, wanted)
     ids = tables.read(node.dir.parts()).column("sample_id").to_pylist()
-    drill.measured(ids, wanted[0].column("sample_id").to_pylist(), 0.0)
+    drill.measured(ids, wanted[0].column("sample_id").to_pylist(), None)
