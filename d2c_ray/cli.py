@@ -95,6 +95,9 @@ COMMANDS = {
     "config": ("Print the whole configuration as it would run, defaults included.", "d2c config configs/cifar10.yaml train.lr=2e-4"),
 }
 
+# Commands that run up to one stage, with a configuration and nothing else.
+STAGES = ("manifest", "teacher", "score", "select", "embed", "attach", "train", "sample", "report")
+STAGE_COMMANDS = ["run", "evaluate", "sweep", *STAGES]  # that take a configuration alone, and so can be jobs
 STOPPED = 143  # exit status as of a process that SIGTERM ended; of `d2c submit`, of a job that was stopped
 
 # Keys of the section evaluate that say how a run is measured and mean nothing to images from elsewhere, and what would do.
@@ -147,11 +150,7 @@ Overrides = Annotated[
 def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a command with its line of `COMMANDS`, and its example below its help."""
     summary, example = COMMANDS[name]
-    needs = (
-        ""
-        if name in ("run", "sweep", "submit", "status", "config", "plan", "bench", "compare", "import-model", "export-model")
-        else "\n\nRuns what it needs first and is not there yet."
-    )
+    needs = "\n\nRuns what it needs first and is not there yet." if name in (*STAGES, "evaluate", "selectors", "explain") else ""
     if name in ("verify", "export"):
         needs = "\n\nTakes a condensed-<hash> folder, or the configuration of a run, which makes the dataset first if it is not there yet."
     if name == "submit":
@@ -184,27 +183,8 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     _run(config, overrides, "report")
 
 
-STAGE_COMMANDS = ["run", "evaluate", "sweep"]  # that take a configuration alone, and so can be jobs
-for _name in COMMANDS:
-    if _name not in (
-        "run",
-        "config",
-        "plan",
-        "bench",
-        "explain",
-        "selectors",
-        "verify",
-        "export",
-        "import-model",
-        "export-model",
-        "evaluate",
-        "compare",
-        "sweep",
-        "submit",
-        "status",
-    ):
-        _command(_name)(_stage_command(_name))
-        STAGE_COMMANDS.append(_name)
+for _name in STAGES:
+    _command(_name)(_stage_command(_name))
 
 
 @_command("selectors")

@@ -100,7 +100,7 @@ def explain(facts: Facts, frame: str = "") -> list[str]:
     """
     said = [facts.silent] if facts.silent else []
     for operator in facts.operators:
-        said += _operator(operator, facts)
+        said += _operator(operator)
     if facts.operators and facts.operators_age > SILENT_SEC:
         said.append(f"Ray Data has not turned its operators for {facts.operators_age:.0f} s")
     said += _workers(facts)
@@ -127,7 +127,7 @@ def explain(facts: Facts, frame: str = "") -> list[str]:
     return said
 
 
-def _operator(operator: Operator, facts: Facts) -> list[str]:
+def _operator(operator: Operator) -> list[str]:
     name, said = f"operator {operator.name}", []
     if operator.pending:
         whole = operator.running + operator.pending + operator.restarting

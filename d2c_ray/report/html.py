@@ -54,7 +54,7 @@ def context(plan: Plan) -> dict[str, Any]:
     judged = scored or (plan.of("embed") or plan.of("attach"))[0].dir.success()
     table = gather.candidates(plan)
     shown = shown_samples(arms)
-    ids, labels, scores = (table.column(name).to_numpy() for name in ("sample_id", "label", "score"))
+    ids, scores = (table.column(name).to_numpy() for name in ("sample_id", "score"))
     if scored:
         for arm in arms:
             arm.chosen = gather.with_ranks(arm.chosen, table)
@@ -74,7 +74,7 @@ def context(plan: Plan) -> dict[str, Any]:
         "planned": any(value is not None for arm in arms for value in arm.planned.values()),
         "record": arms[0].metrics["record"],
         "differences": gather.differences(plan),
-        "histogram": plots.score_histogram(scores, np.maximum(labels, 0), ids, arms, classes) if scored else None,
+        "histogram": plots.score_histogram(scores, ids, arms, classes) if scored else None,
         "curves": plots.training_curves(arms),
         "trainings": [training(arm) for arm in arms],
         "sheet": contact_rows(plan, table, arms[0], classes),

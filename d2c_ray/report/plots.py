@@ -21,7 +21,7 @@ STYLE: Any = {
 }  # fmt: skip
 
 
-def score_histogram(scores: np.ndarray, labels: np.ndarray, sample_ids: np.ndarray, arms: list[Arm], classes: list[tuple[int, str]]) -> str:
+def score_histogram(scores: np.ndarray, sample_ids: np.ndarray, arms: list[Arm], classes: list[tuple[int, str]]) -> str:
     """Histogram of all scores with each arm's chosen ones over it, and the chosen ranks of each class."""
     from matplotlib import pyplot as plt
 

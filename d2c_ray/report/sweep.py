@@ -24,7 +24,7 @@ def write(folder: Path, config: Config, rows: list[Row]) -> None:
 
     found = summary(config, rows)
     if found["best"] is not None:
-        write_text(folder / BEST, best_yaml(config, found["best"], found["metric"]))
+        write_text(folder / BEST, best_yaml(found["best"], found["metric"]))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -78,7 +78,7 @@ def _mean(rows: Sequence[Row], key: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def best_yaml(config: Config, best: Group, metric: str) -> str:
+def best_yaml(best: Group, metric: str) -> str:
     """The configuration of the best point's first seed, for `d2c run`."""
     row = min(best.rows, key=lambda row: row["seed"])
     spread = f" ± {best.deviation:.4g}" if best.deviation is not None else ""
