@@ -4,7 +4,6 @@ A column type is an Arrow type's name, `list<T>` of the length given when the sc
 fixed-shape array stored as fixed-size binary, whose dtype and shape stand in the column's metadata.
 """
 
-
 MANIFEST = {
     "key": "string",  # unique and stable: source-relative file, then '#' and the row or member
     "sample_id": "int64",  # row in key order
