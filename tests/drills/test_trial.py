@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,11 @@ SAME = (
 
 def trial_processes(driver: int) -> list[int]:
     """Process ids of trials that are at work."""
-    return [child.pid for child in psutil.Process(driver).children(recursive=True) if "ImplicitFunc" in " ".join(child.cmdline()[:1])]
+    found = []
+    for child in psutil.Process(driver).children(recursive=True):
+        with suppress(psutil.Error):  # it ends just now
+            found += [child.pid] if "ImplicitFunc" in " ".join(child.cmdline()[:1]) else []
+    return found
 
 
 def losses(path: Path) -> list[tuple[int, float]]:
