@@ -130,6 +130,8 @@ def _group(group: Spec, autoscaling: bool, v2: bool) -> Iterator[str]:
             yield f"{name}: no toleration of nvidia.com/gpu"
         if len(_expressions(group)) < 2 or _expressions(group)[1]["operator"] != "In":
             yield f"{name}: any type of GPU would do"
+        elif _expressions(group)[1]["key"].startswith("nvidia.com/"):
+            yield f"{name}: {_expressions(group)[1]['key']} is set on nodes that are there already, and no autoscaler of nodes makes one for it"
     elif group.get("priority"):
         yield f"{name}: priority without GPUs"
     if _on_spot(group) and not any(each.get("key") == _expressions(group)[0]["key"] for each in pod.get("tolerations", [])):

@@ -111,10 +111,10 @@ def test_the_renderer_refuses_what_it_does_not_do(old: str, new: str, tmp_path: 
         ("my-registry/d2c-ray", "else.where/its-image", OVERLAYS),
         ("0.1.0-ray2.60.0", "0.2.0-ray2.60.0", OVERLAYS),
         ("bucket=my-bucket", "bucket=their-bucket", OVERLAYS),
-        ("gpu=NVIDIA-H100-80GB-HBM3", "gpu=NVIDIA-H200", OVERLAYS),
+        ("gpu=h100", "gpu=h200", OVERLAYS),
         ("namespace: d2c", "namespace: their-own", (*OVERLAYS, "storage")),
         ("queue=d2c", "queue=their-queue", JOBS),
-        ("gpu_label=nvidia.com/gpu.product", "gpu_label=cloud.google.com/gke-accelerator", OVERLAYS),
+        ("gpu_label=karpenter.k8s.aws/instance-gpu-name", "gpu_label=cloud.google.com/gke-accelerator", OVERLAYS),
         ("spot_label=karpenter.sh/capacity-type", "spot_label=eks.amazonaws.com/capacityType", OVERLAYS),
         ("spot=spot", "spot=SPOT", OVERLAYS),
     ],
@@ -128,7 +128,7 @@ def test_a_setting_is_changed_in_one_place(old: str, new: str, where: tuple[str,
     [
         ("bucket=my-bucket", "bucket=their-bucket", "sweep/kustomization.yaml", "my-bucket", "$D2C_BUCKET"),
         ("my-registry/d2c-ray", "else.where/its-image", "pipeline/rayjob.yaml", "my-registry/d2c-ray:0.1.0", "d2c-ray\n"),
-        ("gpu=NVIDIA-H100-80GB-HBM3", "gpu=NVIDIA-H200", "settings/kustomization.yaml", "gpu-on-demand-too", "gpu-on-demand"),
+        ("gpu=h100", "gpu=h200", "settings/kustomization.yaml", "gpu-on-demand-too", "gpu-on-demand"),
         (
             "queue=d2c",
             "queue=their-queue",
@@ -325,7 +325,8 @@ def test_jobs_in_a_queue_say_so(rendered: dict[str, Manifest]) -> None:
 
 
 POD = f"{GROUPS}.1.template.spec"  # of the GPU group
-SPOT = "affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms.0.matchExpressions.0.operator"
+EXPRESSIONS = "affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms.0.matchExpressions"
+SPOT, GPU_KEY = f"{EXPRESSIONS}.0.operator", f"{EXPRESSIONS}.1.key"
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("pipeline", {"metadata.name": "x" * 48}, "name:"),
     ("pipeline", {"metadata.name": "d2c_pipeline"}, "name:"),
@@ -379,6 +380,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("pipeline", {f"{POD}.tolerations": []}, "gpu-spot: no toleration of nvidia.com/gpu"),
     ("pipeline", {f"{POD}.tolerations.1.effect": "NoExecute"}, "gpu-spot: no toleration of nvidia.com/gpu"),
     ("dev", {"spec.workerGroupSpecs.2.template.spec.affinity": ABSENT}, "gpu-on-demand: any type"),
+    ("pipeline", {f"{POD}.{GPU_KEY}": "nvidia.com/gpu.product"}, "gpu-spot: nvidia.com/gpu.product is set on nodes"),
     ("pipeline", {f"{POD}.volumes.1.emptyDir.medium": ABSENT}, "gpu-spot: /dev/shm is no"),
     ("pipeline", {f"{POD}.containers.0.volumeMounts": ABSENT}, "gpu-spot: /dev/shm is no"),
     ("pipeline", {f"{POD}.volumes.1.emptyDir.sizeLimit": "1Gi"}, "gpu-spot: /dev/shm does not hold"),
