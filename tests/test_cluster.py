@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import jsonschema
 import kustomize
 import pytest
@@ -672,3 +673,20 @@ def test_the_readme_names_what_there_is(rendered: dict[str, Manifest]) -> None:
     assert f"for {drain} s and the pod is killed after {pod['terminationGracePeriodSeconds']} s" in page
     run = Path(next(word for word in rendered["pipeline"]["spec"]["entrypoint"].split() if word.endswith(".yaml"))).stem
     assert page.count(f"/shared/runs/{run}") == 2
+
+
+def readme_page() -> str:
+    readme = (ROOT / "README.md").read_text()
+    return readme[readme.index("## On Kubernetes") : readme.index("## Watching a cluster")]
+
+
+def test_credentials_lie_outside_what_is_uploaded_and_give_a_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = readme_page()
+    files = re.findall(r"--from-env-file=(\S+)", page)
+    assert files and all(file.startswith(("$HOME/", "~/", "/")) for file in files)
+    assert page.index("kubectl apply -k cluster/storage") < page.index("kubectl annotate serviceaccount")
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in set(re.findall(r"\bAWS_\w*REGION\b", page)):
+        monkeypatch.setenv(name, "eu-west-7")
+    assert botocore.session.Session().get_config_variable("region") == "eu-west-7"
