@@ -14,6 +14,7 @@ SAFE_TO_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict"
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 DRAIN_SEC = 30.0  # Ray's own, where the variable is not set
 OBJECT_STORE = 0.3  # of a pod's memory, Ray's own; what does not fit into /dev/shm goes to a disk
+LOST_SEC = 60  # without news of its node, after which a head is given up at the latest; Kubernetes' own is 300
 OF_RAY = ("num-cpus", "num-gpus", "memory", "resources")
 UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -111,6 +112,10 @@ def _head(head: Spec) -> Iterator[str]:
         yield "head: may be placed on a spot node"
     if head["template"].get("metadata", {}).get("annotations", {}).get(SAFE_TO_EVICT) != "false":
         yield "head: the cluster autoscaler may evict it"
+    for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
+        lost = [each for each in head["template"]["spec"].get("tolerations", []) if each.get("key") == key]
+        if not lost or any(each.get("tolerationSeconds", float("inf")) > LOST_SEC for each in lost):
+            yield f"head: {key}: a lost node is waited for"
 
 
 def _group(group: Spec, autoscaling: bool, v2: bool) -> Iterator[str]:

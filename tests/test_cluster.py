@@ -376,6 +376,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("pipeline", {f"{HEAD}.template.spec.{SPOT}": "In"}, "head: may be placed"),
     ("pipeline", {f"{HEAD}.template.spec.affinity": ABSENT}, "head: may be placed"),
     ("pipeline", {f"{HEAD}.template.metadata.annotations": {}}, "head: the cluster autoscaler"),
+    ("pipeline", {f"{HEAD}.template.spec.tolerations": ABSENT}, "head: node.kubernetes.io/unreachable: a lost"),
+    ("dev", {"spec.headGroupSpec.template.spec.tolerations.0.tolerationSeconds": ABSENT}, "head: node.kubernetes.io/not-ready: a lost"),
     ("pipeline", {f"{GROUPS}.0.template.spec.{SPOT}": "NotIn"}, "decode: no group"),
     ("pipeline", {f"{GROUPS}.0.template.spec.tolerations": ABSENT}, "decode: no toleration of spot"),
     ("pipeline", {f"{POD}.tolerations": []}, "gpu-spot: no toleration of nvidia.com/gpu"),
@@ -690,3 +692,13 @@ def test_credentials_lie_outside_what_is_uploaded_and_give_a_region(monkeypatch:
     for name in set(re.findall(r"\bAWS_\w*REGION\b", page)):
         monkeypatch.setenv(name, "eu-west-7")
     assert botocore.session.Session().get_config_variable("region") == "eu-west-7"
+
+
+def test_a_lost_head_is_waited_for_as_long_as_a_new_node_takes() -> None:
+    """KubeRay gives a job up after five minutes without its status, and does not try it again."""
+    page = readme_page()
+    (operator,) = re.findall(r"helm install kuberay-operator .*", page)
+    name, seconds = re.findall(r"env\[0\]\.(?:name|value)=(\w+)", operator)
+    assert name == "RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS" and int(seconds) >= 1800
+    assert "--set-string 'env[0].value=" in operator, "an environment variable is a string"
+    assert f"{int(seconds) // 60} minutes" in page
