@@ -10,7 +10,8 @@ from typing import Any
 Spec = dict[str, Any]
 MOST_OF_A_NAME = {"RayJob": 47, "RayCluster": 53}
 QUEUE = "kueue.x-k8s.io/queue-name"
-SAFE_TO_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict"
+STAY = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+SUBMITTED_AGAIN = 10  # times at least that a submitter starts anew: every lost head ends one, and the last failure the job
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 DRAIN_SEC = 30.0  # Ray's own, where the variable is not set
 OBJECT_STORE = 0.3  # of a pod's memory, Ray's own; what does not fit into /dev/shm goes to a disk
@@ -72,9 +73,12 @@ def _job(labels: Spec, spec: Spec) -> Iterator[str]:
             yield "queue: more than 7 groups, or one called head"
     if cluster.get("authOptions", {}).get("enableK8sTokenAuth"):
         yield "auth: Kubernetes' tokens are not for RayJobs"
-    submitter = spec.get("submitterPodTemplate", {}).get("spec")
+    submitter = spec.get("submitterPodTemplate")
     if submitter:
-        yield from _secure("submitter", submitter)
+        yield from _secure("submitter", submitter["spec"])
+        yield from _stays("submitter", submitter)
+    if mode == "K8sJobMode" and spec.get("submitterConfig", {}).get("backoffLimit", 2) < SUBMITTED_AGAIN:
+        yield "submitter: given up after a few lost heads"
 
 
 def _cluster(spec: Spec, ray_version: str) -> Iterator[str]:
@@ -108,14 +112,21 @@ def _cluster(spec: Spec, ray_version: str) -> Iterator[str]:
 def _head(head: Spec) -> Iterator[str]:
     if head.get("rayStartParams", {}).get("num-cpus") != "0":
         yield 'head: num-cpus is not "0"'
-    if not _on_demand(head):
-        yield "head: may be placed on a spot node"
-    if head["template"].get("metadata", {}).get("annotations", {}).get(SAFE_TO_EVICT) != "false":
-        yield "head: the cluster autoscaler may evict it"
+    yield from _stays("head", head["template"])
     for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
         lost = [each for each in head["template"]["spec"].get("tolerations", []) if each.get("key") == key]
         if not lost or any(each.get("tolerationSeconds", float("inf")) > LOST_SEC for each in lost):
             yield f"head: {key}: a lost node is waited for"
+
+
+def _stays(name: str, template: Spec) -> Iterator[str]:
+    """On a node that is not taken away, by the cloud or by an autoscaler of nodes."""
+    if not _on_demand({"template": template}):
+        yield f"{name}: may be placed on a spot node"
+    annotations = template.get("metadata", {}).get("annotations", {})
+    for key, value in STAY.items():
+        if annotations.get(key) != value:
+            yield f"{name}: may be evicted: {key} is not {value}"
 
 
 def _group(group: Spec, autoscaling: bool, v2: bool) -> Iterator[str]:
