@@ -15,6 +15,7 @@ SUBMITTED_AGAIN = 10  # times at least that a submitter starts anew: every lost 
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 DRAIN_SEC = 30.0  # Ray's own, where the variable is not set
 OBJECT_STORE = 0.3  # of a pod's memory, Ray's own; what does not fit into /dev/shm goes to a disk
+DAY_SEC = 86_400
 LOST_SEC = 60  # without news of its node, after which a head is given up at the latest; Kubernetes' own is 300
 OF_RAY = ("num-cpus", "num-gpus", "memory", "resources")
 UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -60,6 +61,8 @@ def _job(labels: Spec, spec: Spec) -> Iterator[str]:
     for key in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
         if spec.get(key, 1) < 1:
             yield f"deadline: {key} below 1"
+    if not cluster.get("enableInTreeAutoscaling") and spec.get("preRunningDeadlineSeconds", DAY_SEC) < DAY_SEC:
+        yield "deadline: a cluster of one size runs its job when every pod is there, and spot nodes may take hours"
     if spec.get("suspend") and (not shutdown or selector):
         yield "suspend: needs shutdownAfterJobFinishes and no clusterSelector"
     if QUEUE in labels:

@@ -325,6 +325,12 @@ def test_jobs_in_a_queue_say_so(rendered: dict[str, Manifest]) -> None:
         assert QUEUE not in rendered[name]["metadata"]["labels"]
 
 
+def test_clusters_grow_unless_a_queue_gives_them_room(rendered: dict[str, Manifest]) -> None:
+    """One that has its full size from the start runs nothing before every pod of it does."""
+    for name, manifest in rendered.items():
+        assert cluster_of(manifest)["enableInTreeAutoscaling"] is not name.endswith("-queued"), name
+
+
 POD = f"{GROUPS}.1.template.spec"  # of the GPU group
 EXPRESSIONS = "affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms.0.matchExpressions"
 SPOT, GPU_KEY = f"{EXPRESSIONS}.0.operator", f"{EXPRESSIONS}.1.key"
@@ -344,6 +350,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("train", {"spec.submissionMode": "SidecarMode", f"{HEAD}.template.spec.restartPolicy": "Always"}, "SidecarMode: restartPolicy"),
     ("pipeline", {"spec.activeDeadlineSeconds": 0}, "deadline:"),
     ("pipeline", {"spec.preRunningDeadlineSeconds": -1}, "deadline:"),
+    ("train-queued", {"spec.preRunningDeadlineSeconds": 3600}, "deadline: a cluster of one size"),
     ("pipeline", {"spec.suspend": True, "spec.shutdownAfterJobFinishes": False}, "suspend:"),
     ("pipeline-queued", {"spec.shutdownAfterJobFinishes": False}, "queue: needs"),
     ("pipeline-queued", {"spec.rayClusterSpec.enableInTreeAutoscaling": True}, "queue: Kueue takes"),
