@@ -715,3 +715,56 @@ def test_a_lost_head_is_waited_for_as_long_as_a_new_node_takes() -> None:
     assert name == "RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS" and int(seconds) >= 1800
     assert "--set-string 'env[0].value=" in operator, "an environment variable is a string"
     assert f"{int(seconds) // 60} minutes" in page
+
+
+def shell_lines() -> list[str]:
+    """The indented command lines of the page, without their comments."""
+    return [re.sub(r"\s+#.*$", "", line).strip() for line in readme_page().splitlines() if re.match(r"^ {7}\S", line)]
+
+
+def test_the_readmes_commands_wait_for_what_they_need() -> None:
+    """A pod's name is read when there is a pod, a log when there is a submitter, and every wait has an end."""
+    lines = shell_lines()
+
+    def at(start: str) -> int:
+        (found,) = [number for number, line in enumerate(lines) if line.startswith(start)]
+        return found
+
+    waits = [line for line in lines if line.startswith("kubectl wait")]
+    assert all("--timeout=" in line for line in waits) and not any(re.search(r" -w\b| --watch\b", line) for line in lines)
+    assert at("kubectl apply -k cluster/dev") < at("kubectl wait -n d2c raycluster/d2c-dev --for=condition=HeadPodReady") < at("HEAD=")
+    started = at("kubectl wait -n d2c rayjob/d2c-pipeline --for=jsonpath='{.status.jobDeploymentStatus}'=Running")
+    assert at("kubectl apply -k cluster/pipeline") < started < at("kubectl logs")
+    assert "--pod-running-timeout=" in lines[at("kubectl logs")], "of a pod that is still to start there is no log"
+    done = at("kubectl wait -n d2c rayjob/d2c-pipeline --for=jsonpath='{.status.jobDeploymentStatus}'=Complete")
+    assert at("kubectl logs") < done < at("kubectl cp")
+    assert lines[-1] == "kubectl delete -k cluster/dev"
+    assert "jobDeploymentStatus" in schema("RayJob")["properties"]["status"]["properties"]
+
+
+def test_the_weights_on_the_volume_are_those_that_the_commands_load(rendered: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = parsed(command(rendered["pipeline"]), monkeypatch)[1]
+    wanted = {loaded.vae.path, loaded.teacher.checkpoint, loaded.attach.text.encoder, config.DINOV2[loaded.attach.vision.encoder]}
+    fetched: dict[str, list[str]] = {}
+    for line in shell_lines():
+        if "hf download" in line:
+            names = re.findall(r"for model in (.*?);", line)
+            model, *rest = shlex.split(re.split(r"[;}]", line[line.index("hf download") + len("hf download") :])[0])
+            fetched |= dict.fromkeys(names[0].split() if names else [model], rest)
+    assert set(fetched) == wanted
+    for model, rest in fetched.items():
+        # One pattern an option: a second word would be the name of a file.
+        assert rest[::2] == ["--include"] * (len(rest) // 2) and len(rest) % 2 == 0
+        # The published DiT is a .bin alone.
+        assert rest[1::2] == ([] if model == loaded.teacher.checkpoint else ["*.safetensors", "*.json", "*.model"])
+    (target,) = re.findall(r"check_download_inception as get; get\('(.*?)'\)", readme_page())
+    assert f"{target}/inception-2015-12-05.pt" == loaded.evaluate.inception
+    environment = {each["name"]: each.get("value", "") for each in cluster_of(rendered["dev"])["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
+    assert environment["HF_HOME"].startswith("/shared/") and "HF_HUB_OFFLINE=0" in readme_page()
+
+
+def test_clean_fids_network_comes_by_the_readmes_words(tmp_path: Path) -> None:
+    pytest.importorskip("cleanfid")
+    (code,) = re.findall(r'python -c "(from cleanfid.*?)"', readme_page())
+    (tmp_path / "inception-2015-12-05.pt").touch()  # what is there is not fetched
+    subprocess.run([sys.executable, "-c", code.replace("/shared/weights", str(tmp_path))], check=True, cwd=tmp_path)
