@@ -15,6 +15,7 @@ SUBMITTED_AGAIN = 10  # times at least that a submitter starts anew: every lost 
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 DRAIN_SEC = 30.0  # Ray's own, where the variable is not set
 OBJECT_STORE = 0.3  # of a pod's memory, Ray's own; what does not fit into /dev/shm goes to a disk
+OF_KUBERAY = {"app.kubernetes.io/name", "app.kubernetes.io/created-by", "ray.io/identifier"}  # labels that a pod template may overrule
 DAY_SEC = 86_400
 LOST_SEC = 60  # without news of its node, after which a head is given up at the latest; Kubernetes' own is 300
 OF_RAY = ("num-cpus", "num-gpus", "memory", "resources")
@@ -161,6 +162,8 @@ def _pod(name: str, template: Spec, ray_version: str) -> Iterator[str]:
     pod = template["spec"]
     container = pod["containers"][0]
     yield from _secure(name, pod)
+    for label in sorted(set(template.get("metadata", {}).get("labels", {})) & OF_KUBERAY):
+        yield f"{name}: {label} is KubeRay's, whose services find pods by it"
     if not container["image"].endswith(f"ray{ray_version}"):
         yield f"version: {name} runs {container['image']}, and pyproject.toml says Ray {ray_version}"
     drain = float(next((each["value"] for each in container.get("env", []) if each["name"] == DRAIN), DRAIN_SEC))

@@ -403,6 +403,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("pipeline", {f"{POD}.volumes.0": {"name": "shared", "emptyDir": {}}}, "gpu-spot: does not see"),
     ("pipeline", {f"{POD}.terminationGracePeriodSeconds": 60}, "gpu-spot: killed before"),
     ("dev", {"spec.headGroupSpec.template.spec.terminationGracePeriodSeconds": ABSENT}, "head: killed before"),
+    ("pipeline", {f"{HEAD}.template.metadata.labels": {"app.kubernetes.io/name": "mine"}}, "head: app.kubernetes.io/name is KubeRay's"),
+    ("dev", {"spec.workerGroupSpecs.1.template.metadata.labels": {"ray.io/identifier": "mine"}}, "gpu-spot: ray.io/identifier is KubeRay's"),
     ("pipeline", {f"{HEAD}.template.spec.containers.0.livenessProbe": ABSENT}, "head: no livenessProbe"),
     ("pipeline", {f"{POD}.containers.0.readinessProbe": ABSENT}, "gpu-spot: no readinessProbe"),
     ("pipeline", {f"{POD}.containers.0.resources.requests.memory": "1Gi"}, "gpu-spot: asks for less"),
