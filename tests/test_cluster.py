@@ -761,7 +761,10 @@ def test_the_weights_on_the_volume_are_those_that_the_commands_load(rendered: di
         assert rest[1::2] == ([] if model == loaded.teacher.checkpoint else ["*.safetensors", "*.json", "*.model"])
     (target,) = re.findall(r"check_download_inception as get; get\('(.*?)'\)", readme_page())
     assert f"{target}/inception-2015-12-05.pt" == loaded.evaluate.inception
-    environment = {each["name"]: each.get("value", "") for each in cluster_of(rendered["dev"])["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
+    environment = {
+        each["name"]: each.get("value", "")
+        for each in cluster_of(rendered["dev"])["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    }
     assert environment["HF_HOME"].startswith("/shared/") and "HF_HUB_OFFLINE=0" in readme_page()
 
 
