@@ -515,6 +515,10 @@ def check_capacity(job: Manifest, loaded: Config) -> None:
     assert resources.address == "auto" and resources.autoscaling
     assert resources.actors * resources.gpus_per_actor == gpus
     assert resources.train_workers * (loaded.sweep.concurrent or 1) == gpus
+    # Trials reserve nothing for their drivers, and the head is the node that is there before they ask for others.
+    head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(head["cpu"]) >= max(4, 2 * loaded.sweep.concurrent)
+    assert int(head["memory"].removesuffix("Gi")) >= 16 + 6 * loaded.sweep.concurrent
 
 
 @pytest.mark.parametrize(
