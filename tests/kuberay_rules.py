@@ -16,7 +16,8 @@ DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 DRAIN_SEC = 30.0  # Ray's own, where the variable is not set
 OBJECT_STORE = 0.3  # of a pod's memory, Ray's own; what does not fit into /dev/shm goes to a disk
 OF_KUBERAY = {"app.kubernetes.io/name", "app.kubernetes.io/created-by", "ray.io/identifier"}  # labels that a pod template may overrule
-DAY_SEC = 86_400
+HOUR_SEC, DAY_SEC = 3600, 86_400
+ALLOCATE = "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"  # of Ray's autoscaler, an hour unless set
 LOST_SEC = 60  # without news of its node, after which a head is given up at the latest; Kubernetes' own is 300
 OF_RAY = ("num-cpus", "num-gpus", "memory", "resources")
 UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -95,6 +96,9 @@ def _cluster(spec: Spec, ray_version: str) -> Iterator[str]:
         yield "auth: mode token, of Ray 2.52 and later, is not there"
     if autoscaling and not v2:
         yield "autoscaler: not v2"
+    patience = {each["name"]: each.get("value", "") for each in spec.get("autoscalerOptions", {}).get("env", [])}.get(ALLOCATE, HOUR_SEC)
+    if autoscaling and any(group.get("priority") for group in groups) and not float(patience) < HOUR_SEC / 2:
+        yield "autoscaler: a group whose nodes do not come is waited for so long that the next one is never asked"
     if v2 and any(each["name"] == "RAY_enable_autoscaler_v2" for each in _ray(head).get("env", [])):
         yield "autoscaler: version and RAY_enable_autoscaler_v2 both"
     for name, group in pods.items():

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 import json
 import re
 import runpy
@@ -21,7 +22,7 @@ import kustomize
 import pytest
 import yaml
 from conftest import ROOT
-from kuberay_rules import QUEUE, faults
+from kuberay_rules import ALLOCATE, HOUR_SEC, QUEUE, faults
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from typer.main import get_command
@@ -364,6 +365,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("pipeline", {f"{POD}.containers.0.image": "my-registry/d2c-ray:0.1.0-ray2.59.0"}, "version: gpu-spot"),
     ("pipeline", {"spec.rayClusterSpec.autoscalerOptions.version": "v1"}, "autoscaler: not v2"),
     ("dev", {"spec.autoscalerOptions": ABSENT}, "autoscaler: not v2"),
+    ("dev", {"spec.autoscalerOptions.env": ABSENT}, "autoscaler: a group whose"),
+    ("pipeline", {"spec.rayClusterSpec.autoscalerOptions.env.0.value": "3600"}, "autoscaler: a group whose"),
     ("pipeline", {f"{HEAD}.template.spec.containers.0.env.3": {"name": "RAY_enable_autoscaler_v2", "value": "1"}}, "autoscaler: version and"),
     ("pipeline", {f"{HEAD}.template.spec.restartPolicy": "Always"}, "head: restartPolicy"),
     ("pipeline", {f"{POD}.restartPolicy": "OnFailure"}, "gpu-spot: restartPolicy"),
@@ -422,6 +425,14 @@ def test_a_broken_rule_is_found(name: str, changes: dict[str, Any], fault: str, 
     for path, value in changes.items():
         broken = changed(broken, path, value)
     assert any(each.startswith(fault) for each in faults(broken, RAY_VERSION)), faults(broken, RAY_VERSION)
+
+
+def test_rays_autoscaler_reads_the_variable() -> None:
+    spec = importlib.util.find_spec("ray")  # found, and not imported
+    assert spec and spec.submodule_search_locations
+    text = Path(spec.submodule_search_locations[0], "autoscaler", "v2", "instance_manager", "config.py").read_text()
+    (seconds,) = re.findall(rf'allocate_status_timeout_s: int = env_integer\(\s*"{ALLOCATE}", (\d+) \* (\d+)', text)
+    assert int(seconds[0]) * int(seconds[1]) == HOUR_SEC
 
 
 # --- commands
