@@ -788,3 +788,48 @@ def test_clean_fids_network_comes_by_the_readmes_words(tmp_path: Path) -> None:
     (code,) = re.findall(r'python -c "(from cleanfid.*?)"', readme_page())
     (tmp_path / "inception-2015-12-05.pt").touch()  # what is there is not fetched
     subprocess.run([sys.executable, "-c", code.replace("/shared/weights", str(tmp_path))], check=True, cwd=tmp_path)
+
+
+def test_the_readmes_small_run_fits_the_cluster_for_development(rendered: dict[str, Manifest]) -> None:
+    """It is submitted from here as it stands, needs no package that the image lacks, and no more than one GPU."""
+    from d2c_ray.distributed import submit  # and with it Ray
+
+    (line,) = [line for line in shell_lines() if line.startswith("d2c submit")]
+    given = shlex.split(line)[2:]
+    assert given[given.index("--address") + 1] == "http://127.0.0.1:8265"
+    at = given.index("--address")
+    path, *overrides = given[:at] + given[at + 2 :]
+    job = submit.prepare(str(ROOT / path), overrides, "run", str(ROOT), [], [])
+    assert job.entrypoint.startswith(f"python -m d2c_ray.cli run {path} resources.address=auto")
+    loaded = config.load(ROOT / path, overrides)
+    packages = {"minilm", *config.EFFICIENTNETS}  # which are weights: the image has none
+    assert not packages & {
+        loaded.attach.text.encoder,
+        loaded.attach.vision.encoder,
+        loaded.evaluate.network,
+        *loaded.evaluate.more_networks,
+    }
+    assert loaded.attach.vision.encoder == config.load(ROOT / "configs" / "imagenet256.yaml").attach.vision.encoder, (
+        "which is on the volume"
+    )
+    assert loaded.resources.autoscaling and loaded.resources.actors * loaded.resources.gpus_per_actor == 1 == loaded.resources.train_workers
+    assert loaded.run.dir.startswith("/shared/") and loaded.evaluate.inception.startswith("/shared/weights/")
+    mounted = [each["mountPath"] for each in templates(rendered["dev"])[2]["spec"]["containers"][0]["volumeMounts"]]
+    assert loaded.resources.cache_dir in mounted
+    lines = shell_lines()
+    (forward,) = [each for each in lines if "port-forward" in each]
+    (token,) = [each for each in lines if "RAY_AUTH_TOKEN=" in each]
+    assert f"service/{rendered['dev']['metadata']['name']}-head-svc 8265:8265" in forward and "base64 -d" in token
+    assert lines.index(forward) < lines.index(token) < lines.index(line)
+
+
+def test_the_commands_help_submits_what_a_cluster_without_packages_of_weights_can_run() -> None:
+    from d2c_ray.distributed import submit
+
+    words = shlex.split(cli.COMMANDS["submit"][1])
+    path, *overrides = words[2:]
+    job = submit.prepare(str(ROOT / path), overrides, "run", str(ROOT), [], [])
+    loaded = config.load(ROOT / path, overrides)
+    assert job.metadata["run"].startswith("/shared/runs/") and loaded.data.path.startswith("s3://")
+    assert loaded.attach.text.encoder != "minilm"
+    assert loaded.resources.autoscaling is False or loaded.resources.actors
