@@ -19,6 +19,8 @@ OF_KUBERAY = {"app.kubernetes.io/name", "app.kubernetes.io/created-by", "ray.io/
 HOUR_SEC, DAY_SEC = 3600, 86_400
 ALLOCATE = "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"  # of Ray's autoscaler, an hour unless set
 LOST_SEC = 60  # without news of its node, after which a head is given up at the latest; Kubernetes' own is 300
+OF_REDIS = {"RAY_REDIS_ADDRESS", "REDIS_USERNAME", "REDIS_PASSWORD"}
+GATED = {"networkPolicy", "tlsOptions", "historyServerOptions"}
 OF_RAY = ("num-cpus", "num-gpus", "memory", "resources")
 UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -42,13 +44,22 @@ def faults(manifest: Spec, ray_version: str) -> list[str]:
 def _job(labels: Spec, spec: Spec) -> Iterator[str]:
     cluster, mode = spec.get("rayClusterSpec", {}), spec.get("submissionMode", "K8sJobMode")
     shutdown, selector = spec.get("shutdownAfterJobFinishes", False), spec.get("clusterSelector")
-    rules = spec.get("deletionStrategy", {}).get("deletionRules", [])
+    strategy = spec.get("deletionStrategy", {})
+    rules, ends = strategy.get("deletionRules", []), {key: strategy[key] for key in ("onSuccess", "onFailure") if key in strategy}
+    if spec.get("ttlSecondsAfterFinished", 0) < 0:
+        yield "ttl: ttlSecondsAfterFinished below 0"
     if spec.get("ttlSecondsAfterFinished") and not shutdown:
         yield "ttl: ttlSecondsAfterFinished without shutdownAfterJobFinishes"
     if rules and shutdown:
         yield "deletion: deletionRules with shutdownAfterJobFinishes"
-    if any(rule["policy"] == "DeleteWorkers" for rule in rules) and cluster.get("enableInTreeAutoscaling"):
+    if rules and ends:
+        yield "deletion: deletionRules with onSuccess or onFailure"
+    if ends and (set(ends) != {"onSuccess", "onFailure"} or not all(each.get("policy") for each in ends.values())):
+        yield "deletion: onSuccess and onFailure need each other, and a policy"
+    if any(rule.get("policy") == "DeleteWorkers" for rule in (*rules, *ends.values())) and cluster.get("enableInTreeAutoscaling"):
         yield "deletion: DeleteWorkers with autoscaling"
+    if shutdown and any(each.get("policy") == "DeleteNone" for each in ends.values()):
+        yield "deletion: DeleteNone with shutdownAfterJobFinishes"
     if not cluster and not selector:
         yield "cluster: neither rayClusterSpec nor clusterSelector"
     if spec.get("backoffLimit", 0) > 0 and (selector or mode == "InteractiveMode"):
@@ -78,6 +89,8 @@ def _job(labels: Spec, spec: Spec) -> Iterator[str]:
             yield "queue: more than 7 groups, or one called head"
     if cluster.get("authOptions", {}).get("enableK8sTokenAuth"):
         yield "auth: Kubernetes' tokens are not for RayJobs"
+    if "upgradeStrategy" in cluster:
+        yield "cluster: upgradeStrategy in a RayJob's"
     submitter = spec.get("submitterPodTemplate")
     if submitter:
         yield from _secure("submitter", submitter["spec"])
@@ -101,6 +114,16 @@ def _cluster(spec: Spec, ray_version: str) -> Iterator[str]:
         yield "autoscaler: a group whose nodes do not come is waited for so long that the next one is never asked"
     if v2 and any(each["name"] == "RAY_enable_autoscaler_v2" for each in _ray(head).get("env", [])):
         yield "autoscaler: version and RAY_enable_autoscaler_v2 both"
+    options = spec.get("autoscalerOptions", {})
+    if options.get("idleTimeoutSeconds", 0) < 0:
+        yield "autoscaler: idleTimeoutSeconds below 0"
+    if any(each["name"] == "KUBERAY_GEN_AUTOSCALER_START_CMD" for each in options.get("env", [])):
+        yield "autoscaler: KUBERAY_GEN_AUTOSCALER_START_CMD is KubeRay's"
+    for key in sorted(GATED & set(spec)):
+        yield f"cluster: {key} needs a feature gate that is off"
+    spot = {(each[0]["key"], *each[0].get("values", [])) for each in map(_expressions, pods.values()) if each}
+    if len(spot) > 1:
+        yield f"spot: what tells spot nodes differs: {', '.join(' '.join(each) for each in sorted(spot))}"
     for name, group in pods.items():
         pod, start = group["template"]["spec"], group.get("rayStartParams", {})
         if autoscaling and pod.get("restartPolicy", "Never") != "Never":
@@ -112,7 +135,7 @@ def _cluster(spec: Spec, ray_version: str) -> Iterator[str]:
         yield from _pod(name, group["template"], ray_version)
     yield from _head(head)
     for group in groups:
-        yield from _group(group, autoscaling, v2)
+        yield from _group(group, autoscaling, v2, spec.get("rayVersion", ""))
     if "decode" not in pods or not _on_spot(pods["decode"]):
         yield "decode: no group of CPUs on spot nodes"
 
@@ -120,6 +143,9 @@ def _cluster(spec: Spec, ray_version: str) -> Iterator[str]:
 def _head(head: Spec) -> Iterator[str]:
     if head.get("rayStartParams", {}).get("num-cpus") != "0":
         yield 'head: num-cpus is not "0"'
+    names = {each["name"] for each in _ray(head).get("env", [])}
+    if names & OF_REDIS or "redis-username" in head.get("rayStartParams", {}):
+        yield "head: Redis belongs into gcsFaultToleranceOptions"
     yield from _stays("head", head["template"])
     for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
         lost = [each for each in head["template"]["spec"].get("tolerations", []) if each.get("key") == key]
@@ -137,15 +163,19 @@ def _stays(name: str, template: Spec) -> Iterator[str]:
             yield f"{name}: may be evicted: {key} is not {value}"
 
 
-def _group(group: Spec, autoscaling: bool, v2: bool) -> Iterator[str]:
+def _group(group: Spec, autoscaling: bool, v2: bool, ray_version: str) -> Iterator[str]:
     name, pod = group["groupName"], group["template"]["spec"]
     least, now, most = group.get("minReplicas"), group.get("replicas", 0), group.get("maxReplicas")
     if least is None or most is None or not 0 <= least <= now <= most:
         yield f"{name}: minReplicas {least}, replicas {now}, maxReplicas {most}"
     elif autoscaling and (least or now):
         yield f"{name}: does not start from zero"
-    if group.get("priority") and not v2:
-        yield f"{name}: priority without autoscaler v2"
+    if group.get("priority") and (not v2 or _numbers(ray_version) < (2, 56)):
+        yield f"{name}: priority without autoscaler v2, or of a Ray before 2.56"
+    if "idleTimeoutSeconds" in group and (not v2 or group["idleTimeoutSeconds"] < 0):
+        yield f"{name}: idleTimeoutSeconds without autoscaler v2, or below 0"
+    if group.get("suspend") and autoscaling:
+        yield f"{name}: suspended with autoscaling"
     limits = _ray(group)["resources"]["limits"]
     if "nvidia.com/gpu" in limits:
         if not any(
