@@ -95,6 +95,8 @@ def _job(labels: Spec, spec: Spec) -> Iterator[str]:
     if submitter:
         yield from _secure("submitter", submitter["spec"])
         yield from _stays("submitter", submitter)
+        if cluster and _spot({"template": submitter}) != _spot(cluster["headGroupSpec"]):
+            yield "spot: what tells spot nodes differs between submitter and head"
     if mode == "K8sJobMode" and spec.get("submitterConfig", {}).get("backoffLimit", 2) < SUBMITTED_AGAIN:
         yield "submitter: given up after a few lost heads"
 
@@ -121,8 +123,7 @@ def _cluster(spec: Spec, ray_version: str) -> Iterator[str]:
         yield "autoscaler: KUBERAY_GEN_AUTOSCALER_START_CMD is KubeRay's"
     for key in sorted(GATED & set(spec)):
         yield f"cluster: {key} needs a feature gate that is off"
-    spot = {(each[0]["key"], *each[0].get("values", [])) for each in map(_expressions, pods.values()) if each}
-    if len(spot) > 1:
+    if len(spot := {_spot(group) for group in pods.values()}) > 1:
         yield f"spot: what tells spot nodes differs: {', '.join(' '.join(each) for each in sorted(spot))}"
     for name, group in pods.items():
         pod, start = group["template"]["spec"], group.get("rayStartParams", {})
@@ -240,6 +241,12 @@ def _expressions(group: Spec) -> list[Spec]:
     node = group["template"]["spec"].get("affinity", {}).get("nodeAffinity", {})
     terms = node.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [])
     return terms[0]["matchExpressions"] if len(terms) == 1 else []
+
+
+def _spot(group: Spec) -> tuple[str, ...]:
+    """Label and values of the first expression, which is about spot nodes in every group."""
+    first = (_expressions(group) or [{}])[0]
+    return (first.get("key", ""), *first.get("values", []))
 
 
 def _on_spot(group: Spec) -> bool:
