@@ -10,10 +10,17 @@ from typing import Any
 Spec = dict[str, Any]
 MOST_OF_A_NAME = {"RayJob": 47, "RayCluster": 53}
 QUEUE = "kueue.x-k8s.io/queue-name"
-SAFE_TO_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict"
+STAY = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+SUBMITTED_AGAIN = 10  # times at least that a submitter starts anew: every lost head ends one, and the last failure the job
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 DRAIN_SEC = 30.0  # Ray's own, where the variable is not set
 OBJECT_STORE = 0.3  # of a pod's memory, Ray's own; what does not fit into /dev/shm goes to a disk
+OF_KUBERAY = {"app.kubernetes.io/name", "app.kubernetes.io/created-by", "ray.io/identifier"}  # labels that a pod template may overrule
+HOUR_SEC, DAY_SEC = 3600, 86_400
+ALLOCATE = "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S"  # of Ray's autoscaler, an hour unless set
+LOST_SEC = 60  # without news of its node, after which a head is given up at the latest; Kubernetes' own is 300
+OF_REDIS = {"RAY_REDIS_ADDRESS", "REDIS_USERNAME", "REDIS_PASSWORD"}
+GATED = {"networkPolicy", "tlsOptions", "historyServerOptions"}
 OF_RAY = ("num-cpus", "num-gpus", "memory", "resources")
 UNITS = {"": 1, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -37,13 +44,22 @@ def faults(manifest: Spec, ray_version: str) -> list[str]:
 def _job(labels: Spec, spec: Spec) -> Iterator[str]:
     cluster, mode = spec.get("rayClusterSpec", {}), spec.get("submissionMode", "K8sJobMode")
     shutdown, selector = spec.get("shutdownAfterJobFinishes", False), spec.get("clusterSelector")
-    rules = spec.get("deletionStrategy", {}).get("deletionRules", [])
+    strategy = spec.get("deletionStrategy", {})
+    rules, ends = strategy.get("deletionRules", []), {key: strategy[key] for key in ("onSuccess", "onFailure") if key in strategy}
+    if spec.get("ttlSecondsAfterFinished", 0) < 0:
+        yield "ttl: ttlSecondsAfterFinished below 0"
     if spec.get("ttlSecondsAfterFinished") and not shutdown:
         yield "ttl: ttlSecondsAfterFinished without shutdownAfterJobFinishes"
     if rules and shutdown:
         yield "deletion: deletionRules with shutdownAfterJobFinishes"
-    if any(rule["policy"] == "DeleteWorkers" for rule in rules) and cluster.get("enableInTreeAutoscaling"):
+    if rules and ends:
+        yield "deletion: deletionRules with onSuccess or onFailure"
+    if ends and (set(ends) != {"onSuccess", "onFailure"} or not all(each.get("policy") for each in ends.values())):
+        yield "deletion: onSuccess and onFailure need each other, and a policy"
+    if any(rule.get("policy") == "DeleteWorkers" for rule in (*rules, *ends.values())) and cluster.get("enableInTreeAutoscaling"):
         yield "deletion: DeleteWorkers with autoscaling"
+    if shutdown and any(each.get("policy") == "DeleteNone" for each in ends.values()):
+        yield "deletion: DeleteNone with shutdownAfterJobFinishes"
     if not cluster and not selector:
         yield "cluster: neither rayClusterSpec nor clusterSelector"
     if spec.get("backoffLimit", 0) > 0 and (selector or mode == "InteractiveMode"):
@@ -58,6 +74,8 @@ def _job(labels: Spec, spec: Spec) -> Iterator[str]:
     for key in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
         if spec.get(key, 1) < 1:
             yield f"deadline: {key} below 1"
+    if not cluster.get("enableInTreeAutoscaling") and spec.get("preRunningDeadlineSeconds", DAY_SEC) < DAY_SEC:
+        yield "deadline: a cluster of one size runs its job when every pod is there, and spot nodes may take hours"
     if spec.get("suspend") and (not shutdown or selector):
         yield "suspend: needs shutdownAfterJobFinishes and no clusterSelector"
     if QUEUE in labels:
@@ -71,9 +89,16 @@ def _job(labels: Spec, spec: Spec) -> Iterator[str]:
             yield "queue: more than 7 groups, or one called head"
     if cluster.get("authOptions", {}).get("enableK8sTokenAuth"):
         yield "auth: Kubernetes' tokens are not for RayJobs"
-    submitter = spec.get("submitterPodTemplate", {}).get("spec")
+    if "upgradeStrategy" in cluster:
+        yield "cluster: upgradeStrategy in a RayJob's"
+    submitter = spec.get("submitterPodTemplate")
     if submitter:
-        yield from _secure("submitter", submitter)
+        yield from _secure("submitter", submitter["spec"])
+        yield from _stays("submitter", submitter)
+        if cluster and _spot({"template": submitter}) != _spot(cluster["headGroupSpec"]):
+            yield "spot: what tells spot nodes differs between submitter and head"
+    if mode == "K8sJobMode" and spec.get("submitterConfig", {}).get("backoffLimit", 2) < SUBMITTED_AGAIN:
+        yield "submitter: given up after a few lost heads"
 
 
 def _cluster(spec: Spec, ray_version: str) -> Iterator[str]:
@@ -86,8 +111,20 @@ def _cluster(spec: Spec, ray_version: str) -> Iterator[str]:
         yield "auth: mode token, of Ray 2.52 and later, is not there"
     if autoscaling and not v2:
         yield "autoscaler: not v2"
+    patience = {each["name"]: each.get("value", "") for each in spec.get("autoscalerOptions", {}).get("env", [])}.get(ALLOCATE, HOUR_SEC)
+    if autoscaling and any(group.get("priority") for group in groups) and not float(patience) < HOUR_SEC / 2:
+        yield "autoscaler: a group whose nodes do not come is waited for so long that the next one is never asked"
     if v2 and any(each["name"] == "RAY_enable_autoscaler_v2" for each in _ray(head).get("env", [])):
         yield "autoscaler: version and RAY_enable_autoscaler_v2 both"
+    options = spec.get("autoscalerOptions", {})
+    if options.get("idleTimeoutSeconds", 0) < 0:
+        yield "autoscaler: idleTimeoutSeconds below 0"
+    if any(each["name"] == "KUBERAY_GEN_AUTOSCALER_START_CMD" for each in options.get("env", [])):
+        yield "autoscaler: KUBERAY_GEN_AUTOSCALER_START_CMD is KubeRay's"
+    for key in sorted(GATED & set(spec)):
+        yield f"cluster: {key} needs a feature gate that is off"
+    if len(spot := {_spot(group) for group in pods.values()}) > 1:
+        yield f"spot: what tells spot nodes differs: {', '.join(' '.join(each) for each in sorted(spot))}"
     for name, group in pods.items():
         pod, start = group["template"]["spec"], group.get("rayStartParams", {})
         if autoscaling and pod.get("restartPolicy", "Never") != "Never":
@@ -99,7 +136,7 @@ def _cluster(spec: Spec, ray_version: str) -> Iterator[str]:
         yield from _pod(name, group["template"], ray_version)
     yield from _head(head)
     for group in groups:
-        yield from _group(group, autoscaling, v2)
+        yield from _group(group, autoscaling, v2, spec.get("rayVersion", ""))
     if "decode" not in pods or not _on_spot(pods["decode"]):
         yield "decode: no group of CPUs on spot nodes"
 
@@ -107,21 +144,39 @@ def _cluster(spec: Spec, ray_version: str) -> Iterator[str]:
 def _head(head: Spec) -> Iterator[str]:
     if head.get("rayStartParams", {}).get("num-cpus") != "0":
         yield 'head: num-cpus is not "0"'
-    if not _on_demand(head):
-        yield "head: may be placed on a spot node"
-    if head["template"].get("metadata", {}).get("annotations", {}).get(SAFE_TO_EVICT) != "false":
-        yield "head: the cluster autoscaler may evict it"
+    names = {each["name"] for each in _ray(head).get("env", [])}
+    if names & OF_REDIS or "redis-username" in head.get("rayStartParams", {}):
+        yield "head: Redis belongs into gcsFaultToleranceOptions"
+    yield from _stays("head", head["template"])
+    for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"):
+        lost = [each for each in head["template"]["spec"].get("tolerations", []) if each.get("key") == key]
+        if not lost or any(each.get("tolerationSeconds", float("inf")) > LOST_SEC for each in lost):
+            yield f"head: {key}: a lost node is waited for"
 
 
-def _group(group: Spec, autoscaling: bool, v2: bool) -> Iterator[str]:
+def _stays(name: str, template: Spec) -> Iterator[str]:
+    """On a node that is not taken away, by the cloud or by an autoscaler of nodes."""
+    if not _on_demand({"template": template}):
+        yield f"{name}: may be placed on a spot node"
+    annotations = template.get("metadata", {}).get("annotations", {})
+    for key, value in STAY.items():
+        if annotations.get(key) != value:
+            yield f"{name}: may be evicted: {key} is not {value}"
+
+
+def _group(group: Spec, autoscaling: bool, v2: bool, ray_version: str) -> Iterator[str]:
     name, pod = group["groupName"], group["template"]["spec"]
     least, now, most = group.get("minReplicas"), group.get("replicas", 0), group.get("maxReplicas")
     if least is None or most is None or not 0 <= least <= now <= most:
         yield f"{name}: minReplicas {least}, replicas {now}, maxReplicas {most}"
     elif autoscaling and (least or now):
         yield f"{name}: does not start from zero"
-    if group.get("priority") and not v2:
-        yield f"{name}: priority without autoscaler v2"
+    if group.get("priority") and (not v2 or _numbers(ray_version) < (2, 56)):
+        yield f"{name}: priority without autoscaler v2, or of a Ray before 2.56"
+    if "idleTimeoutSeconds" in group and (not v2 or group["idleTimeoutSeconds"] < 0):
+        yield f"{name}: idleTimeoutSeconds without autoscaler v2, or below 0"
+    if group.get("suspend") and autoscaling:
+        yield f"{name}: suspended with autoscaling"
     limits = _ray(group)["resources"]["limits"]
     if "nvidia.com/gpu" in limits:
         if not any(
@@ -130,6 +185,8 @@ def _group(group: Spec, autoscaling: bool, v2: bool) -> Iterator[str]:
             yield f"{name}: no toleration of nvidia.com/gpu"
         if len(_expressions(group)) < 2 or _expressions(group)[1]["operator"] != "In":
             yield f"{name}: any type of GPU would do"
+        elif _expressions(group)[1]["key"].startswith("nvidia.com/"):
+            yield f"{name}: {_expressions(group)[1]['key']} is set on nodes that are there already, and no autoscaler of nodes makes one for it"
     elif group.get("priority"):
         yield f"{name}: priority without GPUs"
     if _on_spot(group) and not any(each.get("key") == _expressions(group)[0]["key"] for each in pod.get("tolerations", [])):
@@ -140,6 +197,8 @@ def _pod(name: str, template: Spec, ray_version: str) -> Iterator[str]:
     pod = template["spec"]
     container = pod["containers"][0]
     yield from _secure(name, pod)
+    for label in sorted(set(template.get("metadata", {}).get("labels", {})) & OF_KUBERAY):
+        yield f"{name}: {label} is KubeRay's, whose services find pods by it"
     if not container["image"].endswith(f"ray{ray_version}"):
         yield f"version: {name} runs {container['image']}, and pyproject.toml says Ray {ray_version}"
     drain = float(next((each["value"] for each in container.get("env", []) if each["name"] == DRAIN), DRAIN_SEC))
@@ -182,6 +241,12 @@ def _expressions(group: Spec) -> list[Spec]:
     node = group["template"]["spec"].get("affinity", {}).get("nodeAffinity", {})
     terms = node.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", [])
     return terms[0]["matchExpressions"] if len(terms) == 1 else []
+
+
+def _spot(group: Spec) -> tuple[str, ...]:
+    """Label and values of the first expression, which is about spot nodes in every group."""
+    first = (_expressions(group) or [{}])[0]
+    return (first.get("key", ""), *first.get("values", []))
 
 
 def _on_spot(group: Spec) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 import json
 import re
 import runpy
@@ -15,12 +16,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import jsonschema
 import kustomize
 import pytest
 import yaml
 from conftest import ROOT
-from kuberay_rules import QUEUE, faults
+from kuberay_rules import ALLOCATE, HOUR_SEC, QUEUE, faults
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from typer.main import get_command
@@ -111,10 +113,10 @@ def test_the_renderer_refuses_what_it_does_not_do(old: str, new: str, tmp_path: 
         ("my-registry/d2c-ray", "else.where/its-image", OVERLAYS),
         ("0.1.0-ray2.60.0", "0.2.0-ray2.60.0", OVERLAYS),
         ("bucket=my-bucket", "bucket=their-bucket", OVERLAYS),
-        ("gpu=NVIDIA-H100-80GB-HBM3", "gpu=NVIDIA-H200", OVERLAYS),
+        ("gpu=h100", "gpu=h200", OVERLAYS),
         ("namespace: d2c", "namespace: their-own", (*OVERLAYS, "storage")),
         ("queue=d2c", "queue=their-queue", JOBS),
-        ("gpu_label=nvidia.com/gpu.product", "gpu_label=cloud.google.com/gke-accelerator", OVERLAYS),
+        ("gpu_label=karpenter.k8s.aws/instance-gpu-name", "gpu_label=cloud.google.com/gke-accelerator", OVERLAYS),
         ("spot_label=karpenter.sh/capacity-type", "spot_label=eks.amazonaws.com/capacityType", OVERLAYS),
         ("spot=spot", "spot=SPOT", OVERLAYS),
     ],
@@ -128,7 +130,7 @@ def test_a_setting_is_changed_in_one_place(old: str, new: str, where: tuple[str,
     [
         ("bucket=my-bucket", "bucket=their-bucket", "sweep/kustomization.yaml", "my-bucket", "$D2C_BUCKET"),
         ("my-registry/d2c-ray", "else.where/its-image", "pipeline/rayjob.yaml", "my-registry/d2c-ray:0.1.0", "d2c-ray\n"),
-        ("gpu=NVIDIA-H100-80GB-HBM3", "gpu=NVIDIA-H200", "settings/kustomization.yaml", "gpu-on-demand-too", "gpu-on-demand"),
+        ("gpu=h100", "gpu=h200", "settings/kustomization.yaml", "gpu-on-demand-too", "gpu-on-demand"),
         (
             "queue=d2c",
             "queue=their-queue",
@@ -324,8 +326,15 @@ def test_jobs_in_a_queue_say_so(rendered: dict[str, Manifest]) -> None:
         assert QUEUE not in rendered[name]["metadata"]["labels"]
 
 
+def test_clusters_grow_unless_a_queue_gives_them_room(rendered: dict[str, Manifest]) -> None:
+    """One that has its full size from the start runs nothing before every pod of it does."""
+    for name, manifest in rendered.items():
+        assert cluster_of(manifest)["enableInTreeAutoscaling"] is not name.endswith("-queued"), name
+
+
 POD = f"{GROUPS}.1.template.spec"  # of the GPU group
-SPOT = "affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms.0.matchExpressions.0.operator"
+EXPRESSIONS = "affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms.0.matchExpressions"
+SPOT, GPU_KEY = f"{EXPRESSIONS}.0.operator", f"{EXPRESSIONS}.1.key"
 BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("pipeline", {"metadata.name": "x" * 48}, "name:"),
     ("pipeline", {"metadata.name": "d2c_pipeline"}, "name:"),
@@ -334,7 +343,23 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("pipeline", {"spec.shutdownAfterJobFinishes": False}, "ttl:"),
     ("pipeline", {"spec.deletionStrategy.deletionRules": [{"policy": "DeleteCluster"}]}, "deletion: deletionRules with"),
     ("pipeline", {"spec.deletionStrategy.deletionRules": [{"policy": "DeleteWorkers"}]}, "deletion: DeleteWorkers"),
+    ("pipeline", {"spec.ttlSecondsAfterFinished": -1}, "ttl: ttlSecondsAfterFinished below"),
+    ("pipeline", {"spec.deletionStrategy.onSuccess.policy": "DeleteCluster"}, "deletion: onSuccess and onFailure"),
+    ("pipeline", {"spec.deletionStrategy": {key: {"policy": "DeleteNone"} for key in ("onSuccess", "onFailure")}}, "deletion: DeleteNone"),
+    ("pipeline", {"spec.deletionStrategy.onFailure.policy": "DeleteWorkers"}, "deletion: DeleteWorkers"),
+    ("pipeline", {"spec.deletionStrategy.deletionRules": [{"policy": "DeleteCluster"}], "spec.deletionStrategy.onSuccess": {}}, "deletion: deletionRules with onS"),
     ("pipeline", {"spec.rayClusterSpec": ABSENT}, "cluster:"),
+    ("pipeline", {"spec.rayClusterSpec.upgradeStrategy.type": "Recreate"}, "cluster: upgradeStrategy"),
+    ("dev", {"spec.networkPolicy": {}}, "cluster: networkPolicy needs"),
+    ("dev", {"spec.autoscalerOptions.idleTimeoutSeconds": -1}, "autoscaler: idleTimeoutSeconds"),
+    ("dev", {"spec.autoscalerOptions.env.0.name": "KUBERAY_GEN_AUTOSCALER_START_CMD"}, "autoscaler: KUBERAY_GEN"),
+    ("dev", {"spec.workerGroupSpecs.0.idleTimeoutSeconds": -1}, "decode: idleTimeoutSeconds"),
+    ("dev", {"spec.workerGroupSpecs.0.suspend": True}, "decode: suspended"),
+    ("dev", {"spec.rayVersion": "2.55.1"}, "gpu-spot: priority without"),
+    ("dev", {"spec.headGroupSpec.template.spec.containers.0.env.0": {"name": "RAY_REDIS_ADDRESS", "value": "redis"}}, "head: Redis"),
+    ("pipeline", {f"{GROUPS}.0.template.spec.{EXPRESSIONS}.0.values.0": "on-demand"}, "spot: what tells spot nodes differs"),
+    ("pipeline", {f"{HEAD}.template.spec.{EXPRESSIONS}.0.key": "my/label"}, "spot: what tells spot nodes differs: "),
+    ("pipeline", {f"spec.submitterPodTemplate.spec.{EXPRESSIONS}.0.values": ["on"]}, "spot: what tells spot nodes differs between"),
     ("pipeline", {"spec.clusterSelector": {"ray.io/cluster": "mine"}}, "backoffLimit: with"),
     ("pipeline", {"spec.submissionMode": "InteractiveMode"}, "backoffLimit: with"),
     ("pipeline", {"spec.backoffLimit": 0}, "backoffLimit: a job"),
@@ -342,6 +367,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("train", {"spec.submissionMode": "SidecarMode", f"{HEAD}.template.spec.restartPolicy": "Always"}, "SidecarMode: restartPolicy"),
     ("pipeline", {"spec.activeDeadlineSeconds": 0}, "deadline:"),
     ("pipeline", {"spec.preRunningDeadlineSeconds": -1}, "deadline:"),
+    ("train-queued", {"spec.preRunningDeadlineSeconds": 3600}, "deadline: a cluster of one size"),
     ("pipeline", {"spec.suspend": True, "spec.shutdownAfterJobFinishes": False}, "suspend:"),
     ("pipeline-queued", {"spec.shutdownAfterJobFinishes": False}, "queue: needs"),
     ("pipeline-queued", {"spec.rayClusterSpec.enableInTreeAutoscaling": True}, "queue: Kueue takes"),
@@ -355,6 +381,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("pipeline", {f"{POD}.containers.0.image": "my-registry/d2c-ray:0.1.0-ray2.59.0"}, "version: gpu-spot"),
     ("pipeline", {"spec.rayClusterSpec.autoscalerOptions.version": "v1"}, "autoscaler: not v2"),
     ("dev", {"spec.autoscalerOptions": ABSENT}, "autoscaler: not v2"),
+    ("dev", {"spec.autoscalerOptions.env": ABSENT}, "autoscaler: a group whose"),
+    ("pipeline", {"spec.rayClusterSpec.autoscalerOptions.env.0.value": "3600"}, "autoscaler: a group whose"),
     ("pipeline", {f"{HEAD}.template.spec.containers.0.env.3": {"name": "RAY_enable_autoscaler_v2", "value": "1"}}, "autoscaler: version and"),
     ("pipeline", {f"{HEAD}.template.spec.restartPolicy": "Always"}, "head: restartPolicy"),
     ("pipeline", {f"{POD}.restartPolicy": "OnFailure"}, "gpu-spot: restartPolicy"),
@@ -373,18 +401,29 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("dev", {"spec.headGroupSpec.rayStartParams": ABSENT}, "head: num-cpus"),
     ("pipeline", {f"{HEAD}.template.spec.{SPOT}": "In"}, "head: may be placed"),
     ("pipeline", {f"{HEAD}.template.spec.affinity": ABSENT}, "head: may be placed"),
-    ("pipeline", {f"{HEAD}.template.metadata.annotations": {}}, "head: the cluster autoscaler"),
+    ("pipeline", {f"{HEAD}.template.metadata.annotations": {}}, "head: may be evicted: cluster-autoscaler"),
+    ("dev", {"spec.headGroupSpec.template.metadata.annotations": {}}, "head: may be evicted: karpenter"),
+    ("pipeline", {f"spec.submitterPodTemplate.spec.{SPOT}": "In"}, "submitter: may be placed"),
+    ("pipeline", {"spec.submitterPodTemplate.spec.affinity": ABSENT}, "submitter: may be placed"),
+    ("pipeline", {"spec.submitterPodTemplate.metadata": ABSENT}, "submitter: may be evicted: karpenter"),
+    ("pipeline", {"spec.submitterConfig": ABSENT}, "submitter: given up"),
+    ("pipeline", {"spec.submitterConfig.backoffLimit": 6}, "submitter: given up"),
+    ("pipeline", {f"{HEAD}.template.spec.tolerations": ABSENT}, "head: node.kubernetes.io/unreachable: a lost"),
+    ("dev", {"spec.headGroupSpec.template.spec.tolerations.0.tolerationSeconds": ABSENT}, "head: node.kubernetes.io/not-ready: a lost"),
     ("pipeline", {f"{GROUPS}.0.template.spec.{SPOT}": "NotIn"}, "decode: no group"),
     ("pipeline", {f"{GROUPS}.0.template.spec.tolerations": ABSENT}, "decode: no toleration of spot"),
     ("pipeline", {f"{POD}.tolerations": []}, "gpu-spot: no toleration of nvidia.com/gpu"),
     ("pipeline", {f"{POD}.tolerations.1.effect": "NoExecute"}, "gpu-spot: no toleration of nvidia.com/gpu"),
     ("dev", {"spec.workerGroupSpecs.2.template.spec.affinity": ABSENT}, "gpu-on-demand: any type"),
+    ("pipeline", {f"{POD}.{GPU_KEY}": "nvidia.com/gpu.product"}, "gpu-spot: nvidia.com/gpu.product is set on nodes"),
     ("pipeline", {f"{POD}.volumes.1.emptyDir.medium": ABSENT}, "gpu-spot: /dev/shm is no"),
     ("pipeline", {f"{POD}.containers.0.volumeMounts": ABSENT}, "gpu-spot: /dev/shm is no"),
     ("pipeline", {f"{POD}.volumes.1.emptyDir.sizeLimit": "1Gi"}, "gpu-spot: /dev/shm does not hold"),
     ("pipeline", {f"{POD}.volumes.0": {"name": "shared", "emptyDir": {}}}, "gpu-spot: does not see"),
     ("pipeline", {f"{POD}.terminationGracePeriodSeconds": 60}, "gpu-spot: killed before"),
     ("dev", {"spec.headGroupSpec.template.spec.terminationGracePeriodSeconds": ABSENT}, "head: killed before"),
+    ("pipeline", {f"{HEAD}.template.metadata.labels": {"app.kubernetes.io/name": "mine"}}, "head: app.kubernetes.io/name is KubeRay's"),
+    ("dev", {"spec.workerGroupSpecs.1.template.metadata.labels": {"ray.io/identifier": "mine"}}, "gpu-spot: ray.io/identifier is KubeRay's"),
     ("pipeline", {f"{HEAD}.template.spec.containers.0.livenessProbe": ABSENT}, "head: no livenessProbe"),
     ("pipeline", {f"{POD}.containers.0.readinessProbe": ABSENT}, "gpu-spot: no readinessProbe"),
     ("pipeline", {f"{POD}.containers.0.resources.requests.memory": "1Gi"}, "gpu-spot: asks for less"),
@@ -402,6 +441,14 @@ def test_a_broken_rule_is_found(name: str, changes: dict[str, Any], fault: str, 
     for path, value in changes.items():
         broken = changed(broken, path, value)
     assert any(each.startswith(fault) for each in faults(broken, RAY_VERSION)), faults(broken, RAY_VERSION)
+
+
+def test_rays_autoscaler_reads_the_variable() -> None:
+    spec = importlib.util.find_spec("ray")  # found, and not imported
+    assert spec and spec.submodule_search_locations
+    text = Path(spec.submodule_search_locations[0], "autoscaler", "v2", "instance_manager", "config.py").read_text()
+    (seconds,) = re.findall(rf'allocate_status_timeout_s: int = env_integer\(\s*"{ALLOCATE}", (\d+) \* (\d+)', text)
+    assert int(seconds[0]) * int(seconds[1]) == HOUR_SEC
 
 
 # --- commands
@@ -495,6 +542,10 @@ def check_capacity(job: Manifest, loaded: Config) -> None:
     assert resources.address == "auto" and resources.autoscaling
     assert resources.actors * resources.gpus_per_actor == gpus
     assert resources.train_workers * (loaded.sweep.concurrent or 1) == gpus
+    # Trials reserve nothing for their drivers, and the head is the node that is there before they ask for others.
+    head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(head["cpu"]) >= max(4, 2 * loaded.sweep.concurrent)
+    assert int(head["memory"].removesuffix("Gi")) >= 16 + 6 * loaded.sweep.concurrent
 
 
 @pytest.mark.parametrize(
@@ -670,3 +721,131 @@ def test_the_readme_names_what_there_is(rendered: dict[str, Manifest]) -> None:
     assert f"for {drain} s and the pod is killed after {pod['terminationGracePeriodSeconds']} s" in page
     run = Path(next(word for word in rendered["pipeline"]["spec"]["entrypoint"].split() if word.endswith(".yaml"))).stem
     assert page.count(f"/shared/runs/{run}") == 2
+
+
+def readme_page() -> str:
+    readme = (ROOT / "README.md").read_text()
+    return readme[readme.index("## On Kubernetes") : readme.index("## Watching a cluster")]
+
+
+def test_credentials_lie_outside_what_is_uploaded_and_give_a_region(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = readme_page()
+    files = re.findall(r"--from-env-file=(\S+)", page)
+    assert files and all(file.startswith(("$HOME/", "~/", "/")) for file in files)
+    assert page.index("kubectl apply -k cluster/storage") < page.index("kubectl annotate serviceaccount")
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in set(re.findall(r"\bAWS_\w*REGION\b", page)):
+        monkeypatch.setenv(name, "eu-west-7")
+    assert botocore.session.Session().get_config_variable("region") == "eu-west-7"
+
+
+def test_a_lost_head_is_waited_for_as_long_as_a_new_node_takes() -> None:
+    """KubeRay gives a job up after five minutes without its status, and does not try it again."""
+    page = readme_page()
+    (operator,) = re.findall(r"helm install kuberay-operator .*", page)
+    name, seconds = re.findall(r"env\[0\]\.(?:name|value)=(\w+)", operator)
+    assert name == "RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS" and int(seconds) >= 1800
+    assert "--set-string 'env[0].value=" in operator, "an environment variable is a string"
+    assert f"{int(seconds) // 60} minutes" in page
+
+
+def shell_lines() -> list[str]:
+    """The indented command lines of the page, without their comments."""
+    return [re.sub(r"\s+#.*$", "", line).strip() for line in readme_page().splitlines() if re.match(r"^ {7}\S", line)]
+
+
+def test_the_readmes_commands_wait_for_what_they_need() -> None:
+    """A pod's name is read when there is a pod, a log when there is a submitter, and every wait has an end."""
+    lines = shell_lines()
+
+    def at(start: str) -> int:
+        (found,) = [number for number, line in enumerate(lines) if line.startswith(start)]
+        return found
+
+    waits = [line for line in lines if line.startswith("kubectl wait")]
+    assert all("--timeout=" in line for line in waits) and not any(re.search(r" -w\b| --watch\b", line) for line in lines)
+    assert at("kubectl apply -k cluster/dev") < at("kubectl wait -n d2c raycluster/d2c-dev --for=condition=HeadPodReady") < at("HEAD=")
+    started = at("kubectl wait -n d2c rayjob/d2c-pipeline --for=jsonpath='{.status.jobDeploymentStatus}'=Running")
+    assert at("kubectl apply -k cluster/pipeline") < started < at("kubectl logs")
+    assert "--pod-running-timeout=" in lines[at("kubectl logs")], "of a pod that is still to start there is no log"
+    done = at("kubectl wait -n d2c rayjob/d2c-pipeline --for=jsonpath='{.status.jobDeploymentStatus}'=Complete")
+    assert at("kubectl logs") < done < at("kubectl cp")
+    assert lines[-1] == "kubectl delete -k cluster/dev"
+    assert "jobDeploymentStatus" in schema("RayJob")["properties"]["status"]["properties"]
+
+
+def test_the_weights_on_the_volume_are_those_that_the_commands_load(rendered: dict[str, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = parsed(command(rendered["pipeline"]), monkeypatch)[1]
+    wanted = {loaded.vae.path, loaded.teacher.checkpoint, loaded.attach.text.encoder, config.DINOV2[loaded.attach.vision.encoder]}
+    fetched: dict[str, list[str]] = {}
+    for line in shell_lines():
+        if "hf download" in line:
+            names = re.findall(r"for model in (.*?);", line)
+            model, *rest = shlex.split(re.split(r"[;}]", line[line.index("hf download") + len("hf download") :])[0])
+            fetched |= dict.fromkeys(names[0].split() if names else [model], rest)
+    assert set(fetched) == wanted
+    for model, rest in fetched.items():
+        # One pattern an option: a second word would be the name of a file.
+        assert rest[::2] == ["--include"] * (len(rest) // 2) and len(rest) % 2 == 0
+        # The published DiT is a .bin alone.
+        assert rest[1::2] == ([] if model == loaded.teacher.checkpoint else ["*.safetensors", "*.json", "*.model"])
+    (target,) = re.findall(r"check_download_inception as get; get\('(.*?)'\)", readme_page())
+    assert f"{target}/inception-2015-12-05.pt" == loaded.evaluate.inception
+    environment = {
+        each["name"]: each.get("value", "")
+        for each in cluster_of(rendered["dev"])["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    assert environment["HF_HOME"].startswith("/shared/") and "HF_HUB_OFFLINE=0" in readme_page()
+
+
+def test_clean_fids_network_comes_by_the_readmes_words(tmp_path: Path) -> None:
+    pytest.importorskip("cleanfid")
+    (code,) = re.findall(r'python -c "(from cleanfid.*?)"', readme_page())
+    (tmp_path / "inception-2015-12-05.pt").touch()  # what is there is not fetched
+    subprocess.run([sys.executable, "-c", code.replace("/shared/weights", str(tmp_path))], check=True, cwd=tmp_path)
+
+
+def test_the_readmes_small_run_fits_the_cluster_for_development(rendered: dict[str, Manifest]) -> None:
+    """It is submitted from here as it stands, needs no package that the image lacks, and no more than one GPU."""
+    from d2c_ray.distributed import submit  # and with it Ray
+
+    (line,) = [line for line in shell_lines() if line.startswith("d2c submit")]
+    given = shlex.split(line)[2:]
+    assert given[given.index("--address") + 1] == "http://127.0.0.1:8265"
+    at = given.index("--address")
+    path, *overrides = given[:at] + given[at + 2 :]
+    job = submit.prepare(str(ROOT / path), overrides, "run", str(ROOT), [], [])
+    assert job.entrypoint.startswith(f"python -m d2c_ray.cli run {path} resources.address=auto")
+    loaded = config.load(ROOT / path, overrides)
+    packages = {"minilm", *config.EFFICIENTNETS}  # which are weights: the image has none
+    assert not packages & {
+        loaded.attach.text.encoder,
+        loaded.attach.vision.encoder,
+        loaded.evaluate.network,
+        *loaded.evaluate.more_networks,
+    }
+    assert loaded.attach.vision.encoder == config.load(ROOT / "configs" / "imagenet256.yaml").attach.vision.encoder, (
+        "which is on the volume"
+    )
+    assert loaded.resources.autoscaling and loaded.resources.actors * loaded.resources.gpus_per_actor == 1 == loaded.resources.train_workers
+    assert loaded.run.dir.startswith("/shared/") and loaded.evaluate.inception.startswith("/shared/weights/")
+    mounted = [each["mountPath"] for each in templates(rendered["dev"])[2]["spec"]["containers"][0]["volumeMounts"]]
+    assert loaded.resources.cache_dir in mounted
+    lines = shell_lines()
+    (forward,) = [each for each in lines if "port-forward" in each]
+    (token,) = [each for each in lines if "RAY_AUTH_TOKEN=" in each]
+    assert f"service/{rendered['dev']['metadata']['name']}-head-svc 8265:8265" in forward and "base64 -d" in token
+    assert lines.index(forward) < lines.index(token) < lines.index(line)
+
+
+def test_the_commands_help_submits_what_a_cluster_without_packages_of_weights_can_run() -> None:
+    from d2c_ray.distributed import submit
+
+    words = shlex.split(cli.COMMANDS["submit"][1])
+    path, *overrides = words[2:]
+    job = submit.prepare(str(ROOT / path), overrides, "run", str(ROOT), [], [])
+    loaded = config.load(ROOT / path, overrides)
+    assert job.metadata["run"].startswith("/shared/runs/") and loaded.data.path.startswith("s3://")
+    assert loaded.attach.text.encoder != "minilm"
+    assert loaded.resources.autoscaling is False or loaded.resources.actors

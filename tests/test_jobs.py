@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -198,10 +199,11 @@ def refused(
 def test_what_a_job_could_not_use_is_refused_before_anything_is_uploaded(tmp_path: Path) -> None:
     there = f"run.dir={tmp_path}"
     refused("unknown configuration key 'train.lrr'", there, "train.lrr=3")
-    refused("run.dir=runs is relative.*run.dir=/shared/runs")
+    refused("run.dir=runs is relative.*/shared/runs would do")
     refused("sweep", there, command="sweep")  # of no axes
     refused("'.*debug.yaml' is not uploaded", there, exclude=("debug.yaml",))
     refused("data.classes=.* is not uploaded", there, f"data.classes={os.path.relpath(ROOT.parent)}")
+    refused(r"data.path=.* is not uploaded.*every node sees would do, or s3://\.", there, f"data.path={os.path.relpath(ROOT.parent)}")
     refused("there is no such folder", there, folder=str(tmp_path / "none"))
     outside = tmp_path / "mine.yaml"
     outside.write_text(f"base: {DEBUG}\n")
@@ -209,6 +211,76 @@ def test_what_a_job_could_not_use_is_refused_before_anything_is_uploaded(tmp_pat
     refused("debug.yaml' lies outside", there, config=outside, folder=str(tmp_path))  # its base
     with pytest.raises(UserError, match=r"no Ray cluster answers there \(.*refused"):
         submit.submit(submit.prepare(str(DEBUG), [there], "run", str(ROOT), [], []), f"http://127.0.0.1:{free_port()}", "", False, print)
+
+
+def test_what_a_job_leaves_behind_lies_where_it_stays() -> None:
+    """By an absolute path, or on storage of its own: relative ones would be in Ray's copy of the folder, which it removes."""
+    there = "run.dir=/shared/runs"
+    refused(r"run.dir=~/runs lies in a home folder, and the cluster's is another", "run.dir=~/runs")
+    for key in ("resources.checkpoint_storage", "resources.cache_dir", "tracking.mlflow_uri"):
+        refused(rf"{key}=kept/here is relative", there, f"{key}=kept/here")
+        refused(rf"{key}=~/kept lies in a home folder", there, f"{key}=~/kept")
+    refused("tracking.mlflow_uri=sqlite:///mlflow.db is relative", there, "tracking.mlflow_uri=sqlite:///mlflow.db")
+    refused("tracking.mlflow_uri=file:mlruns is relative", there, "tracking.mlflow_uri=file:mlruns")
+    for given in (
+        "resources.checkpoint_storage=s3://bucket/checkpoints", "resources.checkpoint_storage=/shared/checkpoints", "resources.cache_dir=/scratch",
+        "tracking.mlflow_uri=http://mlflow:5000", "tracking.mlflow_uri=sqlite:////shared/mlflow.db", "tracking.mlflow_uri=file:///shared/mlruns",
+        "tracking.mlflow_uri=databricks",
+    ):  # fmt: skip
+        submit.prepare(str(DEBUG), [there, given], "run", str(ROOT), [], [])
+
+
+def test_paths_are_those_of_the_uploaded_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job works in the upload: what is beside the command's own folder counts only where the two are one."""
+    root, here = tmp_path / "work", tmp_path / "work" / "sub"
+    here.mkdir(parents=True)
+    (root / "my.yaml").write_text("data: {source: digits, image_size: 8, channels: 1}\n")
+    (root / "names.txt").write_text("zero\n")
+    (here / "mine.txt").write_text("zero\n")
+    monkeypatch.chdir(here)
+
+    def prepared(*given: str) -> submit.Job:
+        return submit.prepare("../my.yaml", ["run.dir=/shared/runs", *given], "run", "..", [], [])
+
+    job = prepared()
+    assert job.folder == root and job.entrypoint.split()[4] == "my.yaml"
+    prepared("data.classes=names.txt")  # not here, and there
+    prepared("data.classes=sub/mine.txt")
+    with pytest.raises(UserError, match=r"data.classes=mine.txt is not uploaded by that name.* sub/mine.txt would do"):
+        prepared("data.classes=mine.txt")  # here, and not there
+
+
+@pytest.mark.parametrize(
+    ("key", "given"),
+    [
+        ("arms.A.attach.text.encoder", ["arms={A: {attach: {text: {encoder: VALUE}}}}"]),
+        ("arms.A.train.start", ["arms={A: {train: {start: VALUE}}}"]),
+        ("attach.also.more.encoder", ["attach.also={more: {encoder: VALUE}}"]),
+        ("evaluate.network", ["evaluate.network=VALUE"]),
+        ("evaluate.more_networks", ["evaluate.more_networks=[VALUE]"]),
+        ("sweep.axes.train.start", ["sweep.axes={train.start: ['', VALUE]}"]),
+    ],
+)
+def test_weights_are_looked_for_wherever_they_may_be_named(
+    key: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "work"
+    shutil.copytree(ROOT / "configs", root / "configs")
+    for name in ("weights/own", "weights/sent"):
+        (root / name).mkdir(parents=True)
+        (root / name / "config.json").write_text("{}")
+    monkeypatch.chdir(root)
+    command = "sweep" if key.startswith("sweep") else "run"
+
+    def prepare(value: str) -> None:
+        overrides = ["run.dir=/shared/runs", *(each.replace("VALUE", value) for each in given)]
+        submit.prepare("configs/debug.yaml", overrides, command, str(root), ["/weights/own"], [])
+
+    prepare("weights/sent")
+    prepare("/shared/weights/some")
+    prepare("owner/model")
+    with pytest.raises(UserError, match=rf"{re.escape(key)}=weights/own is not uploaded.*every node sees would do\.$"):
+        prepare("weights/own")
 
 
 def test_what_is_uploaded_and_how_much(tmp_path: Path) -> None:

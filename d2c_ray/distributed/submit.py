@@ -44,11 +44,14 @@ ENDED_SEC = 30.0  # longest wait between a job's last line and its state
 ANSWER_SEC = 60.0  # longest wait for an answer of the cluster
 SILENT_SEC = 20.0  # of a log, after which the cluster is asked whether the job is still there
 PATIENCE_SEC = 180.0  # without any answer, after which it is given up
-# Fields that may name a file or a folder.
+# Fields that may name a file or a folder that is read, besides attach.also and evaluate.more_networks; and values that name none.
 PATHS = (
     "data.path", "data.classes", "teacher.checkpoint", "teacher.classes", "teacher.train.start", "train.start", "vae.path", "attach.text.encoder",
-    "attach.vision.encoder", "evaluate.reference", "evaluate.inception",
+    "attach.vision.encoder", "evaluate.network", "evaluate.reference", "evaluate.inception",
 )  # fmt: skip
+NAMES = {"", "none", "minilm", "wordnet", configs.INCEPTION, *configs.EFFICIENTNETS, *configs.DINOV2}
+FROM_S3 = ("data.path", "data.classes")
+KEPT = ("run.dir", "resources.checkpoint_storage", "resources.cache_dir", "tracking.mlflow_uri")  # where a job writes
 TOKEN = (
     "Ray takes one from RAY_AUTH_TOKEN, from the file of RAY_AUTH_TOKEN_PATH or from ~/.ray/auth_token, with RAY_AUTH_MODE=token; the cluster's own "
     "(on its head: `ray get-auth-token`) would do."
@@ -86,16 +89,13 @@ def prepare(config: str, overrides: list[str], command: str, folder: str, exclud
         UserError: a configuration that cannot run; a run folder that is not on storage of all nodes by its name; files that the job
             would miss; an upload that is too large.
     """
-    given, root = configs.load(config, overrides), Path(folder).expanduser().absolute()
+    given, root = configs.load(config, overrides), Path(os.path.abspath(os.path.expanduser(folder)))
     if command == "sweep":
         from d2c_ray import trials
 
         trials.check(given)
-    if not Path(given.run.dir).is_absolute():
-        raise UserError(
-            f"run.dir={given.run.dir} is relative: a job works in Ray's own copy of '{root.name}', which Ray removes again. An absolute path on storage that "
-            "every node sees would do, for example run.dir=/shared/runs."
-        )
+    for key in KEPT:
+        _kept(key, configs.get(given, key), root)
     more = {}
     for pair in metadata:
         key, equals, value = pair.partition("=")
@@ -109,8 +109,8 @@ def prepare(config: str, overrides: list[str], command: str, folder: str, exclud
         excludes.append(f"/{Path(given.run.dir).relative_to(root)}")
     files = uploaded(root, excludes)
     names = [_name(path, root, files) for path in configs.files(config)]
-    for key in PATHS:
-        _reached(key, str(configs.get(given, key)), root, files)
+    for key, value in _named(given):
+        _reached(key, value, root, files)
     _fits(root, files)
     return Job(
         root, files, excludes, shlex.join(["python", "-m", "d2c_ray.cli", command, names[-1], "resources.address=auto", *overrides]),
@@ -155,16 +155,65 @@ def _name(file: Path, root: Path, files: dict[str, int]) -> str:
     return name
 
 
+def _kept(key: str, value: str, root: Path) -> None:
+    """Refuses a place to write to that goes with Ray's copy of the folder, or with a pod."""
+    path = value if key == "run.dir" else _path(value)
+    if not path or Path(path).is_absolute():
+        return
+    where = (
+        "an absolute path on a node's disk, such as /scratch"
+        if key.endswith("cache_dir")
+        else "an absolute path on storage that every node sees, such as /shared/runs"
+    )
+    why = (
+        "lies in a home folder, and the cluster's is another"
+        if path.startswith("~")
+        else f"is relative: a job works in Ray's own copy of '{root.name}', which Ray removes again"
+    )
+    raise UserError(f"{key}={value} {why}; {where} would do.")
+
+
+def _path(value: str) -> str:
+    """The path that a folder, a database or a URL of one stands for; empty where it is none."""
+    parts = urlsplit(value)
+    if parts.scheme in ("", "file"):
+        return "" if value.startswith("databricks") else parts.path
+    return parts.path[1:] if parts.scheme == "sqlite" else ""
+
+
+def _named(given: configs.Config) -> Iterator[tuple[str, str]]:
+    """(key, value) of all that may name something to read: in the configuration, in its arms and on the axes of its sweep."""
+    seen: set[str] = set()
+    for prefix, config in (("", given), *((f"arms.{name}.", arm) for name, arm in configs.arm_configs(given).items() if given.arms)):
+        found = [(key, str(configs.get(config, key))) for key in PATHS]
+        found += [(f"attach.also.{name}.encoder", vision.encoder) for name, vision in config.attach.also.items()]
+        found += [("evaluate.more_networks", network) for network in config.evaluate.more_networks]
+        yield from ((prefix + key, value) for key, value in found if value not in seen)
+        seen.update(value for _, value in found)
+    for key, values in given.sweep.axes.items():
+        if (key in PATHS or key.startswith("attach.also.")) and isinstance(values, list):
+            yield from ((f"sweep.axes.{key}", str(value)) for value in values)
+
+
 def _reached(key: str, value: str, root: Path, files: dict[str, int]) -> None:
     """Refuses a relative path that is there, here, and would not be for the job. What is not here may be a hub's name, or the cluster's."""
-    if not value or "://" in value or Path(value).expanduser().is_absolute() or not Path(value).exists():
+    if value in NAMES or "://" in value or Path(value).expanduser().is_absolute() or _holds(files, os.path.normpath(value)):
         return
-    path = Path(os.path.abspath(value))
-    name = path.relative_to(root).as_posix() if path.is_relative_to(root) else ""
-    if not name or not any(file == name or file.startswith(f"{name}/") for file in files):
-        raise UserError(
-            f"{key}={value} is not uploaded, and the job would not find it: an absolute path on storage that every node sees would do, or s3://."
-        )
+    here = Path(os.path.abspath(value))
+    if not here.exists() and not (root / value).exists():
+        return
+    name = here.relative_to(root).as_posix() if here.is_relative_to(root) else ""
+    if _holds(files, name):
+        raise UserError(f"{key}={value} is not uploaded by that name: the job works in '{root}', and {name} would do.")
+    s3 = ", or s3://" if key.endswith(FROM_S3) else ""
+    raise UserError(
+        f"{key}={value} is not uploaded, and the job would not find it: an absolute path on storage that every node sees would do{s3}."
+    )
+
+
+def _holds(files: dict[str, int], name: str) -> bool:
+    """Whether a file, or a folder of some, is uploaded."""
+    return name in files or any(file.startswith(f"{name}/") for file in files)
 
 
 def _fits(root: Path, files: dict[str, int]) -> None:
