@@ -540,7 +540,7 @@ def test_an_index_that_names_other_folders_is_refused(remote: bool, name: object
 
     write(given)
     for read in (checkpoints.mend, checkpoints.newest, checkpoints.tidy):
-        with pytest.raises(UserError, match="names the checkpoint .*, which is no folder beside it"):
+        with pytest.raises(UserError, match=r"names the checkpoint .*, which is no folder beside it"):
             read(place)
     write(whole)
     assert checkpoints.mend(place) is None
