@@ -6,11 +6,12 @@ Counts of training are in images, sizes in pixels, unless a name says otherwise.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from d2c_ray.errors import UserError, nearest
+from d2c_ray.errors import UserError, nearest, redacted
 
 MODEL_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 
@@ -434,11 +435,14 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises:
         UserError: no such file, YAML that does not parse, a base that is not there or leads back to the file, an unknown
-            key (named with the nearest known one), a value of the wrong type or out of range.
+            key (named with the nearest known one), a value of the wrong type or out of range, credentials, an interpolation
+            of anything else than another key.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
+    _check_overrides(overrides)
     layers: list[Any] = []
     if path is not None:
         path = Path(path)
@@ -449,10 +453,11 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise UserError(f"'{override}' is not of the form key=value, for example select.budget=500.")
-    layers.append(OmegaConf.from_dotlist(list(overrides)))
     try:
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        _check_raw(layers[-1])
         merged: Any = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(f"the configuration cannot be read: {_first_line(error)}") from error
     if not isinstance(merged, dict):
         raise UserError(f"'{path}' holds a {type(merged).__name__}; a configuration is a mapping of sections.")
@@ -471,6 +476,7 @@ def evaluate_options(overrides: list[str] | tuple[str, ...], values: dict[str, A
     Raises:
         UserError: a key of another section, else as `load`.
     """
+    _check_overrides(overrides)
     for override in overrides:
         if not override.startswith("evaluate."):
             raise UserError(
@@ -490,6 +496,7 @@ def files(path: str | Path) -> list[Path]:
 def _with_bases(path: Path) -> list[tuple[Path, Any]]:
     """A file with what it holds, behind its `base: other.yaml` (relative to the file) with what that holds, and so on: the deepest base first."""
     from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     layers: list[tuple[Path, Any]] = []
@@ -498,8 +505,9 @@ def _with_bases(path: Path) -> list[tuple[Path, Any]]:
         chain.append(path.resolve())
         try:
             layer = OmegaConf.load(path)
-        except (YAMLError, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"'{path}' is not YAML: {error}") from error
+        except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+            raise UserError(f"'{path}' is not YAML: {redacted(str(error))}") from None
+        _check_raw(layer)
         base = layer.pop("base", None) if isinstance(layer, DictConfig) else None
         layers.insert(0, (path, layer))
         if base is None:
@@ -520,6 +528,10 @@ def from_dict(values: dict[str, Any]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    _check_no_credentials(values)
+    for where, text in _texts(values):
+        if "${" in text:  # what was to be looked up has been
+            raise UserError(f"{where} holds '${{', which begins the name of another key in a file and means nothing here.")
     _refuse_unknown_keys(values, Config, "")
     base = OmegaConf.structured(Config)
     OmegaConf.set_readonly(base, False)
@@ -681,7 +693,6 @@ def check(config: Config) -> None:
             raise UserError(
                 f"attach.text.template='{template}' cannot be filled in ({error!r}); {{name}} and {{first}} are the only fields."
             ) from None
-    _check_no_credentials(to_dict(config))
     if not config.storage.timeout_sec > 0:
         raise UserError(f"storage.timeout_sec={config.storage.timeout_sec} must be above 0.")
     if config.score.cache_latents and not config.vae.path:
@@ -701,6 +712,9 @@ def check(config: Config) -> None:
         raise UserError(f"resources.min_actors={resources.min_actors} is above resources.actors={resources.actors}.")
     if resources.autoscaling and not resources.actors:
         raise UserError("resources.autoscaling=true needs resources.actors, the most actors that a pool may grow to.")
+    name = config.run.name
+    if name and (Path(name).name != name or name == ".." or "\0" in name):
+        raise UserError(f"run.name={name!r} is the name of a folder in run.dir, a single one; where that lies is said by run.dir.")
     if "://" in config.run.dir:
         raise UserError(f"run.dir={config.run.dir}: run folders lie on a local or mounted file system in this version.")
     _check_sample(config)
@@ -715,16 +729,54 @@ _CREDENTIALS = {
 }
 
 
-def _check_no_credentials(values: Any, key: str = "") -> None:
-    """Refuses a URL with a user name or a password in any field: it would be written into config.yaml and cards, and sent to trackers."""
+def _check_overrides(overrides: list[str] | tuple[str, ...]) -> None:
+    """Refuses credentials in what the command line says, before anything else is said of it."""
+    for override in overrides:
+        key, _, given = override.partition("=")
+        _check_no_credentials({key: given, "": override})
+
+
+def _check_no_credentials(values: Any) -> None:
+    """Refuses a user name, a password or a token in any key or value: it would be written into config.yaml and cards, and sent to trackers.
+
+    What is found is not said, and nothing else is said before.
+    """
+    for where, text in _texts(values):
+        if redacted(text) != text:
+            how = f"; {_CREDENTIALS[where]} in the environment would do" if where in _CREDENTIALS else ""
+            raise UserError(f"{where} holds a user name or a password, or a token, which a configuration is no place for{how}.") from None
+
+
+def _check_raw(layer: Any) -> None:
+    """Refuses credentials in what a file or the command line says, and to look up anything else than other keys: the environment, say.
+
+    An escaped interpolation is refused too, since nothing needs one.
+    """
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(layer, resolve=False)
+    _check_no_credentials(values)
+    for where, text in _texts(values):
+        if "${" in _OTHER_KEY.sub("", text):
+            raise UserError(
+                f"{where} holds '${{', which may only begin the name of another key, as in ${{data.image_size}}: a configuration takes nothing "
+                "from the environment, and works nothing out."
+            )
+
+
+_OTHER_KEY = re.compile(r"(?<!\\)\$\{[\w.\[\]-]+\}")
+
+
+def _texts(values: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested mappings and lists, keys before what they hold, with the dotted key where it stands."""
     if isinstance(values, list | tuple):
         values = dict(enumerate(values))
     if isinstance(values, dict):
         for name, value in values.items():
-            _check_no_credentials(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(values, str) and "@" in values.partition("://")[2].partition("/")[0]:
-        how = f"; {_CREDENTIALS[key]} in the environment would do" if key in _CREDENTIALS else ""
-        raise UserError(f"{key} holds a user name or a password, which a configuration is no place for{how}.")
+            yield (f"a key of {where}" if where else "a key"), str(name)
+            yield from _texts(value, f"{where}.{name}".strip("."))
+    elif isinstance(values, str):
+        yield where or "the configuration", values
 
 
 def _check_sample(config: Config) -> None:

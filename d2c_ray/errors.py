@@ -1,6 +1,23 @@
 """The one exception type users are meant to read."""
 
 import errno
+import re
+
+# Credentials in a text, and what is left of them. A user name in a URL is one as well: it may be a key's id.
+_CREDENTIALS = (
+    (re.compile(r"(?<=://)[^\s/?#'\"<>]*@"), "***@"),  # scheme://user:password@host
+    # user:password@host, also where the password holds a slash or the scheme lacks one.
+    (re.compile(r"(?<![\w%.~+-])[^\s/:@,;=?&'\"<>()\[\]{}]{1,256}:(?!//)[^\s@'\"<>]{1,4096}@(?=[\w\[])"), "***@"),
+    (  # ?token=..., &X-Amz-Signature=...
+        re.compile(
+            r"((?:^|[?&;#\s,'\"(])[\w.-]{0,64}(?:token|signature|secret|passw(?:or)?d|pwd|api[-_]?key|access[-_]?key(?:[-_]?id)?|credentials?|\bsig)=)"
+            r"[^\s&;#'\")]+",
+            re.IGNORECASE,
+        ),
+        r"\1***",
+    ),
+    (re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?(?:\w+\s+)?)[^\s'\"]+", re.IGNORECASE), r"\1***"),
+)
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -32,6 +49,18 @@ def shown(text: str) -> str:
     return "".join(
         char.encode("unicode_escape").decode() if unicodedata.category(char)[0] == "C" and char not in "\n\t" else char for char in text
     )
+
+
+def redacted(text: str) -> str:
+    """A text without the credentials in it: user names and passwords of URLs, with a scheme or without, and tokens of their queries.
+
+    For what libraries say, which quote the URL they were given, or found in the environment.
+    """
+    if "@" not in text and "=" not in text and ":" not in text:
+        return text
+    for credentials, left in _CREDENTIALS:
+        text = credentials.sub(left, text)
+    return text
 
 
 def no_room(error: BaseException, path: object = "") -> UserError | None:

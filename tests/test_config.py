@@ -30,6 +30,77 @@ def test_a_prompt_takes_the_whole_name_or_the_first() -> None:
         config.load(None, ["attach.text.encoder=minilm", "attach.text.template=photo"])
 
 
+MARK = "s3cr3t-m4rk"
+HOLDING = [  # as a field, a key or a whole override
+    f"user:{MARK}@host:9000", f"https://host/?token={MARK}", f"s3://bucket/x?X-Amz-Signature={MARK}&x=1", f"https:/user:{MARK}@host",
+    f"https://user:{MARK}/x@host", f"databricks://profile,https://user:{MARK}@host", f"postgresql+psycopg2://user:{MARK}@host/db",
+    f"https://{MARK}@host", f"https://user:p@{MARK}@host", f"https://host/c?sv=1&sig={MARK}", f"https://host/#access_token={MARK}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOLDING)
+def test_credentials_are_refused_wherever_they_stand_and_never_said(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"tracking: {{wandb: '{text}'}}\n")
+    (tmp_path / "key.yaml").write_text(f"arms: {{'{text}': {{}}}}\n")
+    (tmp_path / "broken.yaml").write_text(f"tracking: '{text}\n")
+    (tmp_path / "over.yaml").write_text("base: x.yaml\n")
+    given: list[tuple[Path | None, list[str]]] = [(tmp_path / f"{name}.yaml", []) for name in ("x", "key", "broken", "over")]
+    given += [
+        (None, [f"{key}={text}"]) for key in ("tracking.mlflow", "data.source", "data.image_size", "run.name", "storage.endpont", "x")
+    ]
+    given += [(None, [f"sweep.axes={{'{text}': [1, 2]}}"]), (None, [text]), (None, [f"storage.{text}"]), (None, [f"train.betas=[{text}]"])]
+    for path, overrides in given:
+        with pytest.raises(UserError) as raised:
+            config.load(path, overrides)
+        assert MARK not in str(raised.value), (path, overrides)
+        assert path == tmp_path / "broken.yaml" or "holds a user name or a password, or a token" in str(raised.value)
+    with pytest.raises(UserError) as raised:
+        config.evaluate_options([f"data.path={text}"], {})
+    assert MARK not in str(raised.value)
+
+
+def test_what_is_no_credential_is_left_alone() -> None:
+    given = config.load(None, ["data.path=s3://bucket/a@2x", "data.classes=/data/me@home/classes.txt", "attach.text.tokens=16"])
+    assert given.data.path == "s3://bucket/a@2x"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.env:SECRET}",
+        "a ${oc.env:SECRET} b",
+        "${oc.decode:${oc.env:SECRET}}",
+        "\\${oc.env:SECRET}",
+        "${${run.dir}:SECRET}",
+        "${ oc.env:SECRET}",
+        "${",
+    ],
+)
+def test_nothing_of_the_environment_gets_into_a_configuration(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", MARK)
+    (tmp_path / "x.yaml").write_text(f"tracking: {{wandb: '{text}'}}\n")
+    (tmp_path / "base.yaml").write_text(f"base: '{text}'\n")
+    (tmp_path / "arm.yaml").write_text(f"arms: {{a: {{train: {{start: '{text}'}}}}}}\n")
+    for path, overrides in (*((tmp_path / f"{name}.yaml", []) for name in ("x", "base", "arm")), (None, [f"tracking.wandb='{text}'"])):
+        with pytest.raises(UserError, match=r"\$\{") as raised:
+            config.load(path, overrides)
+        assert MARK not in str(raised.value)
+
+
+def test_other_keys_are_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", MARK)
+    (tmp_path / "x.yaml").write_text("run: {name: a}\ntracking: {wandb: '${run.name}-b', mlflow: '$'}\n")
+    assert config.load(tmp_path / "x.yaml").tracking.wandb == "a-b"
+    with pytest.raises(UserError, match=r"tracking\.wandb holds '\$\{'"):  # which came together of two
+        config.load(tmp_path / "x.yaml", ["tracking.wandb=${tracking.mlflow}{oc.env:SECRET}"])
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "..", ".", "a/"])
+def test_a_run_stays_in_its_folder(name: str) -> None:
+    with pytest.raises(UserError, match=r"run\.name=.* a single one"):
+        config.load(None, [f"run.name={name}"])
+
+
 def test_command_line_wins_over_the_file() -> None:
     assert config.load(ROOT / "configs" / "quickstart.yaml", ["select.budget=77"]).select.budget == 77
 

@@ -14,7 +14,7 @@ import tarfile
 import tracemalloc
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +40,15 @@ ALLOWED = {
     ("d2c_ray/models/frozen.py", "import_module"): "packages of its own table",
     ("d2c_ray/models/networks.py", "torch.jit.load"): "clean-fid's file by its SHA-256, or one named on purpose as evaluate.inception",
     ("d2c_ray/models/published.py", "torch.serialization.safe_globals"): "argparse.Namespace, which holds values and no code",
+    ("d2c_ray/data/tables.py", "pq.ParquetFile"): "opened(), which refuses extension types",
+    ("d2c_ray/data/tables.py", "pq.read_table"): "read(), which refuses extension types",
+    ("d2c_ray/data/verify.py", "pq.ParquetFile"): "every column is of the type it should be, and of no extension type, or a fault",
     ("d2c_ray/rundir.py", "subprocess.run"): "git of its own checkout, no word of it from outside",
     ("d2c_ray/report/card.py", "autoescape=False"): "Markdown, where text() and code() escape what is not ours",
     ("d2c_ray/data/generated.py", "Image.open"): "PNGs that this run has just made",
     ("d2c_ray/tracking.py", "Image.open"): "a preview that this run has just made",
 }
-OF_BENCHMARKS = {"subprocess.run", "subprocess.Popen", "Image.open"}  # start themselves and read images of their own
+OF_BENCHMARKS = {"subprocess.run", "subprocess.Popen", "Image.open", "pq.read_table"}  # start themselves and read files of their own
 SAFE = {  # of templates: made here by matplotlib, which escapes what it draws
     "histogram", "curves", "plot", "figures.budget", "figures.cost", "figures.strengths",
 }  # fmt: skip
@@ -53,7 +56,7 @@ PICKLES = ("pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "job
 FORBIDDEN = {
     "eval", "exec", "compile", "__import__", "import_module", "os.system", "os.popen", "tempfile.mktemp", "torch.jit.load", "torch.hub.load",
     "torch.package.PackageImporter", "torch.serialization.safe_globals", "torch.serialization.add_safe_globals", "yaml.load", "yaml.full_load",
-    "yaml.unsafe_load", "yaml.load_all", "shutil.unpack_archive", "pandas.read_pickle", "pd.read_pickle", "ssl._create_unverified_context",
+    "yaml.unsafe_load", "yaml.load_all", "pq.ParquetFile", "pq.read_table", "pq.ParquetDataset", "ray.data.read_parquet", "shutil.unpack_archive", "pandas.read_pickle", "pd.read_pickle", "ssl._create_unverified_context",
 }  # fmt: skip
 METHODS = {"extractall", "extract", "restore", "read_pickle"}  # of tarfile, zipfile, Tuner, whatever the object is called
 
@@ -108,7 +111,7 @@ def test_nothing_that_is_read_is_run() -> None:
         "torch.load(path)", "torch.load(path, weights_only=False)", "torch.load(path, weights_only=safe)", "torch.jit.load(path)",
         "np.load(path, allow_pickle=True)", "yaml.load(text, Loader)", "archive.extractall(out)", "tune.Tuner.restore(path, work)",
         "subprocess.run(line, shell=True)", "os.system(line)", "AutoModel.from_pretrained(name, trust_remote_code=True)",
-        "requests.get(url, verify=False)", "Image.open(path)", "Environment(autoescape=False)",
+        "pq.read_table(theirs)", "pq.ParquetFile(theirs)", "requests.get(url, verify=False)", "Image.open(path)", "Environment(autoescape=False)",
     ],
 )  # fmt: skip
 def test_the_test_above_sees_it(code: str) -> None:
@@ -136,6 +139,94 @@ def test_figures_escape_what_they_draw_and_take_no_name_for_a_formula() -> None:
     assert "<script" not in drawn
     assert "<img" not in drawn
     assert r"&lt;script&gt;alert(1)&lt;/script&gt; $\frac{" in drawn
+
+
+# Values that Ray's extension types unpickle.
+
+
+class Noted:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def pickled(values: list, depth: str) -> tuple[pa.Field, pa.Array]:
+    """A column that says of itself that it is Ray's type of pickled objects: 'plain', or inside of a 'struct' as images of hubs are."""
+    kind = {b"ARROW:extension:name": b"ray.data.arrow_pickled_object", b"ARROW:extension:metadata": b""}
+    array = pa.array([pickle_of(value) for value in values], pa.large_binary())
+    if depth == "plain":
+        return pa.field("image", pa.large_binary(), metadata=kind), array
+    fields = [pa.field("bytes", pa.large_binary(), metadata=kind), pa.field("path", pa.string())]
+    return pa.field("image", pa.struct(fields)), pa.StructArray.from_arrays([array, pa.nulls(len(array), pa.string())], fields=fields)
+
+
+def pickle_of(value: object) -> bytes:
+    from pickle import dumps
+
+    return dumps(value)
+
+
+@pytest.fixture(params=[True, False], ids=["ray.data is imported", "ray.data is not"])
+def known_to_arrow(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether Arrow knows Ray's type; where it does not, such a column looks like plain binary."""
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
+
+    if not request.param:
+        pa.unregister_extension_type("ray.data.arrow_pickled_object")
+    yield request.param
+    if not request.param:
+        pa.register_extension_type(ArrowPythonObjectType())
+
+
+@pytest.mark.parametrize("depth", ["plain", "struct"])
+def test_no_column_of_a_table_is_unpickled(tmp_path: Path, known_to_arrow: bool, depth: str) -> None:
+    """Neither a column that is read nor one that comes after the manifest was made."""
+    noted, path = tmp_path / "noted", tmp_path / "x.parquet"
+    data = DataConfig(path=str(path), image_size=8)
+    pq.write_table(pa.table({"image": [picture(1)], "label": [0]}), path)
+    rows, _ = scan(data)
+    field, images = pickled([Noted(noted)], depth)
+    labels = pa.array([0])
+    pq.write_table(pa.table([images, labels], schema=pa.schema([field, pa.field("label", pa.int64())])), path)
+    manifest._last_group = None
+    words = "column 'image' is of the extension type 'ray.data.arrow_pickled_object'"
+    for read in (
+        lambda: scan(data),
+        lambda: units.decode_rows(rows, data, LOCAL),
+        lambda: list(image_sets.find(path).items()),
+        lambda: tables.read(path).to_pylist(),
+        lambda: tables.opened(path, path).read().to_pylist(),
+    ):
+        with pytest.raises(UserError, match=f"{words}|no column 'image' of encoded images"):
+            read()
+    named = [pa.field("label", pa.large_binary(), metadata=field.metadata), pa.field("image.also", field.type, metadata=field.metadata)]
+    for other in named if depth == "plain" else ():
+        table = pa.table([pa.array([picture(1)]), images], schema=pa.schema([pa.field("image", pa.binary()), other]))
+        pq.write_table(table, path)
+        with pytest.raises(UserError, match=f"column '{other.name}' is of the extension type"):
+            scan(DataConfig(path=str(path), label_column="label" if other.name == "label" else ""))
+    assert not noted.exists()
+
+
+def test_the_files_above_would_have_been_run(tmp_path: Path) -> None:
+    import ray.data  # noqa: F401
+
+    field, images = pickled([Noted(tmp_path / "noted")], "plain")
+    pq.write_table(pa.table([images], schema=pa.schema([field])), tmp_path / "x.parquet")
+    pq.read_table(tmp_path / "x.parquet").to_pylist()
+    assert (tmp_path / "noted").exists()
+
+
+@pytest.mark.parametrize("nest", [pa.list_, lambda field: pa.map_(pa.string(), field), lambda field: pa.struct([field])])
+def test_extension_types_are_found_however_deep_they_lie(nest: Callable[[pa.Field], pa.DataType]) -> None:
+    inner = pa.field("item", pa.binary(), metadata={"ARROW:extension:name": ""})
+    assert tables.extension(pa.field("x", nest(pa.field("y", pa.list_(inner))))) == ""
+    assert tables.extension(pa.field("x", nest(pa.field("y", pa.dictionary(pa.int8(), pa.uuid()))))) == "arrow.uuid"
+    assert tables.extension(pa.field("x", nest(pa.field("y", pa.list_(pa.binary()))))) is None
 
 
 # Archives and names.

@@ -517,6 +517,37 @@ def test_what_is_kept_on_s3_is_written_and_not_copied(monkeypatch: pytest.Monkey
         assert one == other and one
 
 
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "s3"])
+@pytest.mark.parametrize("name", ["/tmp/victim", "../../victim", "checkpoint_1/../../../victim", "victim", "checkpoint_", "", 5, None])
+@pytest.mark.parametrize("where", ["checkpoint_results", "latest_checkpoint_result", "pending_training_results"])
+def test_an_index_that_names_other_folders_is_refused(remote: bool, name: object, where: str, server: S3Server, tmp_path: Path) -> None:
+    """Ray removes what its index names, wherever that lies."""
+    whole = {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_2026-11-28_10-00-00.123", "metrics": {}}]}
+    theirs = {"checkpoint_dir_name": name, "metrics": {}}
+    given = {**whole, where: theirs if where.startswith("latest") else [*whole["checkpoint_results"], theirs]}
+    if remote:
+        place = checkpoints.place("s3://states/handed/stage", StorageConfig(endpoint=server.endpoint))
+    else:
+        place = checkpoints.place(str(tmp_path), StorageConfig())
+        (tmp_path / checkpoints.NAME).mkdir()
+
+    def write(found: dict) -> None:
+        content = json.dumps(found).encode()
+        if remote:
+            server.put("states", f"handed/stage/{checkpoints.NAME}/{checkpoints.INDEX}", content)
+        else:
+            (tmp_path / checkpoints.NAME / checkpoints.INDEX).write_bytes(content)
+
+    write(given)
+    for read in (checkpoints.mend, checkpoints.newest, checkpoints.tidy):
+        with pytest.raises(UserError, match=r"names the checkpoint .*, which is no folder beside it"):
+            read(place)
+    write(whole)
+    assert checkpoints.mend(place) is None
+    assert checkpoints.newest(place) == ""
+    checkpoints.tidy(place)
+
+
 def whole_states(path: str) -> bool:
     return urlsplit(path).path.endswith(state.STATE)
 

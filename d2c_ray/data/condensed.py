@@ -46,7 +46,7 @@ Text = tuple[Tensor, Tensor]
 def read_text(path: Path | pa.Buffer) -> Text | None:
     """Text states, classes x tokens x width float32, and mask, of a class table; None where it has no text."""
     # Without threads: one that lags holds memory of Python's, and ends the process if that is just ending too.
-    table = tables.read(path) if isinstance(path, Path) else pq.ParquetFile(pa.BufferReader(path)).read(use_threads=False)
+    table = tables.read(path) if isinstance(path, Path) else tables.opened(pa.BufferReader(path), CLASSES).read(use_threads=False)
     if "text_states" not in table.column_names:
         return None
     states = torch.from_numpy(np.array(tables.tensor_values(table, "text_states")).view(np.int16)).view(torch.bfloat16).float()
@@ -210,7 +210,7 @@ def vision_width(path: str | Path, align_with: str = "") -> int:
     options, folder = StorageConfig(), os.path.expanduser(path)
     for name, _ in _listed(folder, options):
         with storage.open_file(storage.join(folder, name), options) as file:
-            found = pq.ParquetFile(file)
+            found = tables.opened(file, name)
             if found.metadata.num_rows:
                 column = vision_column(align_with, found.schema_arrow.names)
                 return kind_of(found.schema_arrow, column, name).shape[-1] if column else 0
@@ -285,7 +285,7 @@ class _Source:
         uri = next(part.uri for part in self.parts if part.rows)
         with storage.open_file(uri, self.options) as file:
             try:
-                fields = pq.ParquetFile(file).schema_arrow
+                fields = tables.opened(file, uri).schema_arrow
             except (pa.ArrowException, OSError) as error:
                 raise unreadable(uri, error) from None
         tensors = [name for name in fields.names if name in IMAGES or _is_vision(name)]

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow.parquet as pq
 from PIL import Image
 
 from d2c_ray.data import provenance, storage, tables
@@ -118,7 +117,7 @@ def _rows(folder: Path, names: list[str], with_images: bool = True) -> Iterator[
     before = None
     for part in sorted(folder.glob("part-*.parquet")):
         try:
-            with pq.ParquetFile(part) as file:
+            with tables.opened(part, part, wanted) as file:
                 missing = [name for name in wanted if name not in file.schema_arrow.names]
                 if missing:
                     raise UserError(f"'{part}' has no column '{missing[0]}': nothing to export.")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from d2c_ray import schema
 from d2c_ray.data import tables
@@ -53,7 +52,7 @@ def embedded(parts: list[Path], scratch: Path) -> Iterator[Embedded]:
     """
     for stale in scratch.glob(".features-*"):  # of a run that was killed
         shutil.rmtree(stale, ignore_errors=True)
-    light = [pq.ParquetFile(path).read(["sample_id", "label"]) for path in parts]
+    light = [tables.opened(path, path).read(["sample_id", "label"]) for path in parts]
     ids, labels = (pa.concat_tables(light).column(name).to_numpy() for name in ("sample_id", "label"))
     labels = np.maximum(labels, 0)
     order = np.lexsort((ids, labels))
@@ -65,10 +64,10 @@ def embedded(parts: list[Path], scratch: Path) -> Iterator[Embedded]:
         sorted_features = np.lib.format.open_memmap(file, "w+", np.float16, (len(order), width))
         start = 0
         for path in parts:
-            values = tables.tensor_values(pq.ParquetFile(path).read(["features"]), "features")
+            values = tables.tensor_values(tables.opened(path, path).read(["features"]), "features")
             broken = np.flatnonzero(~np.isfinite(values).all(1))
             if len(broken):
-                keys = pq.ParquetFile(path).read(["key"]).column(0).take(broken[:5]).to_pylist()
+                keys = tables.opened(path, path).read(["key"]).column(0).take(broken[:5]).to_pylist()
                 raise UserError(
                     f"the encoder gives features that are no numbers, or too large to be kept in 16 bits, for {', '.join(keys)}: another one (embed.encoder) would do."
                 )
@@ -98,7 +97,7 @@ def write_selection(
     order = np.argsort(ids)
     found = []
     for part in parts:
-        table = pq.ParquetFile(part).read(["sample_id", "key", "label"])
+        table = tables.opened(part, part).read(["sample_id", "key", "label"])
         found.append(table.replace_schema_metadata(None).filter(pa.array(np.isin(table.column("sample_id").to_numpy(), ids))))
     table = pa.concat_tables(found).sort_by("sample_id")
     for name in ("score", "rank"):

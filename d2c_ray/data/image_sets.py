@@ -215,11 +215,12 @@ def _of_parquet(path: Path, files: list[Path]) -> ImageSet:
     names = next((name for name in ("index", "key") if name in schema.names), None)
     label = next((name for name in ("label", "labels") if name in schema.names and pa.types.is_integer(schema.field(name).type)), None)
     wanted = [name for name in (column, names, label) if name]
+    tables.check_plain(schema, files[0], wanted)
 
     def items() -> Iterator[Item]:
         for file in files:
             row = 0
-            opened = pq.ParquetFile(file)
+            opened = tables.opened(file, file, wanted)
             for some in opened.iter_batches(tables.rows_at_once(opened, wanted, ROWS), columns=wanted):
                 table = pa.table(some)
                 named = table.column(names).to_pylist() if names else [f"{file.name}#{row + i}" for i in range(len(table))]

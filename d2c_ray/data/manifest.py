@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from d2c_ray import schema
 from d2c_ray.config import DataConfig, StorageConfig
@@ -501,7 +500,7 @@ def _scan_parquet_file(entry: Entry, source: Source, data: DataConfig, options: 
     uri = storage.join(source.root, entry.name)
     try:
         handle = storage.open_file(uri, options)
-        file = pq.ParquetFile(handle)
+        file = tables.opened(handle, uri, [data.image_column, *([data.label_column] if data.label_column else [])])
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"'{uri}' is no readable Parquet file: {str(error).splitlines()[0]}") from error
     with file:
@@ -649,6 +648,6 @@ def _row_group(uri: str, group: int, column: str, options: StorageConfig) -> pa.
     global _last_group
     if _last_group is None or _last_group[0] != (uri, group, column):
         _last_group = None
-        with pq.ParquetFile(storage.open_file(uri, options)) as file:
+        with tables.opened(storage.open_file(uri, options), uri, [column]) as file:
             _last_group = (uri, group, column), tables.read_column(file, group, column, uri)
     return _last_group[1]

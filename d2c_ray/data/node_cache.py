@@ -21,7 +21,6 @@ from typing import IO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from d2c_ray.config import StorageConfig
 from d2c_ray.data import storage, tables
@@ -261,7 +260,7 @@ class NodeCache:
 def _runs(part: Part, content: pa.Buffer, kinds: dict[str, Kind]) -> Iterator[tuple[str, int, np.ndarray]]:
     """The columns `kinds` of a part, one after the other, as (column, first row, values). Rows, dtypes and shapes are checked."""
     try:
-        file = pq.ParquetFile(pa.BufferReader(content))
+        file = tables.opened(pa.BufferReader(content), part.uri)
         if file.metadata.num_rows != part.rows:
             raise UserError(f"'{part.uri}' holds {file.metadata.num_rows} rows, {part.rows} are listed. {AGAIN}")
         for name, kind in kinds.items():

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from d2c_ray import schema
 from d2c_ray.data import tables
@@ -28,7 +27,7 @@ def read(paths: list[Path], threads: int = THREADS) -> list[Partition]:
 def _columns(path: Path) -> Partition:
     # Many small files: read_table would look at each as at a data set of many.
     with tables.whole_or_told(path):
-        table = pq.ParquetFile(path).read(columns=["label", "sample_id", "score"], use_threads=False)
+        table = tables.opened(path, path).read(columns=["label", "sample_id", "score"], use_threads=False)
     label, sample_id, score = (table.column(name).to_numpy() for name in ("label", "sample_id", "score"))
     return Partition(label, sample_id, score)
 
@@ -68,7 +67,7 @@ def _keys(path: Path, rows: np.ndarray) -> pa.ChunkedArray:
     """The keys of some rows; row groups that hold none of them are not read."""
     if not len(rows):
         return pa.chunked_array([], pa.string())
-    file = pq.ParquetFile(path)
+    file = tables.opened(path, path)
     sizes = np.asarray([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)], np.int64)
     groups, mine = np.unique(np.searchsorted(np.cumsum(sizes), rows, side="right"), return_inverse=True)
     skipped = (np.cumsum(sizes) - sizes)[groups] - (np.cumsum(sizes[groups]) - sizes[groups])

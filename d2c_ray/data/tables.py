@@ -24,6 +24,7 @@ _TYPES = {
     "float64": pa.float64(),
 }
 METADATA = b"d2c"
+_EXTENSION = b"ARROW:extension:name"
 # Of files that others wrote. A column of a value that is said a million times takes next to nothing in a file, and its rows take all of it each.
 _AT_ONCE_BYTES = 1 << 30
 _UNPACKED_BYTES, _UNPACKED_TIMES = 1 << 30, 100
@@ -82,6 +83,55 @@ def columns(path: Path) -> list[str]:
     return pq.read_schema(path).names
 
 
+def opened(source: Any, where: object, columns: Sequence[str] | None = None) -> pq.ParquetFile:
+    """A Parquet file, called `where` in an error, none of whose `columns` (None: all) is of an extension type.
+
+    Raises:
+        UserError: one is.
+        ArrowInvalid, OSError: it is no Parquet file, or a damaged one.
+    """
+    file = pq.ParquetFile(source)
+    try:
+        check_plain(file.schema_arrow, where, columns)
+    except UserError:
+        file.close()
+        raise
+    return file
+
+
+def check_plain(fields: pa.Schema, where: object, columns: Sequence[str] | None = None) -> None:
+    """Refuses columns of extension types: to give a value of one as Python's is up to whoever registered the type, and Ray's unpickles it.
+
+    The name in the metadata counts as well: where nobody has registered it yet, the column looks like a plain one.
+
+    Args:
+        where: what an error calls the file. columns: that are read, with what lies below them; None: all.
+
+    Raises:
+        UserError: names the column and the type.
+    """
+    for field in fields:
+        if columns is None or field.name in columns or any(field.name.startswith(f"{name}.") for name in columns):
+            kind = extension(field)
+            if kind is not None:
+                raise UserError(
+                    f"'{where}': column '{field.name}' is of the extension type '{kind}', which is not read, since code may belong to it. "
+                    "Plain numbers, text or binary would do."
+                )
+
+
+def extension(field: pa.Field) -> str | None:
+    """The name of the extension type that a field is of, or that lies in it; None where there is none."""
+    kind = field.type
+    named = (field.metadata or {}).get(_EXTENSION)
+    if named is not None or isinstance(kind, pa.BaseExtensionType):
+        return named.decode("utf-8", "replace") if named is not None else kind.extension_name
+    inside = [kind.field(index) for index in range(kind.num_fields)]
+    if pa.types.is_dictionary(kind):
+        inside.append(pa.field("values", kind.value_type))
+    return next((name for name in map(extension, inside) if name is not None), None)
+
+
 def rows_at_once(file: pq.ParquetFile, columns: Sequence[str], most: int) -> int:
     """Up to `most` rows of a file, fewer where as many of its largest possible value would not fit into memory: for `iter_batches`."""
     groups = range(file.metadata.num_row_groups)
@@ -93,8 +143,9 @@ def read_column(file: pq.ParquetFile, group: int, name: str, where: str) -> pa.C
     """A column of a row group of somebody's file, called `where` in an error.
 
     Raises:
-        UserError: it unpacks to far more than the file holds.
+        UserError: it unpacks to far more than the file holds, or is of an extension type.
     """
+    check_plain(file.schema_arrow, where, [name])
     stored, unpacked = _stored(file, group, [name])
     limit, held = max(_UNPACKED_BYTES, _UNPACKED_TIMES * stored), 0
     chunks: list[pa.Array] = []
@@ -140,7 +191,7 @@ def read(paths: Path | Iterable[Path], columns: list[str] | None = None) -> pa.T
     """The rows of one or several Parquet files of one schema, in the order given.
 
     Raises:
-        UserError: a file is cut off.
+        UserError: a file is cut off, or a column of an extension type.
     """
     if isinstance(paths, Path):
         paths = [paths]
@@ -168,7 +219,9 @@ def rows_of(paths: Iterable[Path], sample_ids: np.ndarray) -> pa.Table:
 
 def _read(path: Path, columns: list[str] | None) -> pa.Table:
     with whole_or_told(path):
-        return pq.read_table(path, columns=columns, partitioning=None)
+        table = pq.read_table(path, columns=columns, partitioning=None)
+    check_plain(table.schema, path)
+    return table
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def read_rows(unit: dict[str, Any]) -> pa.Table:
 
 @lru_cache(maxsize=1)  # the next unit is mostly of the same shard
 def _shard(path: str, row_group: int) -> pa.Table:
-    return pq.ParquetFile(path).read_row_group(row_group)
+    return tables.opened(path, path).read_row_group(row_group)
 
 
 def decode_rows(

@@ -296,6 +296,10 @@ def _matching(where: str, fields: pa.Schema, wanted: dict[str, Any], found: Find
             found.fault(where, f"column '{name}' is {'there twice' if name in fields.names else 'missing'}")
             continue
         stored = fields.field(name)
+        foreign = tables.extension(stored)
+        if foreign is not None:
+            found.fault(where, f"column '{name}' is of the extension type '{foreign}', to which code may belong")
+            continue
         if not isinstance(kind, tuple):
             if stored.type == kind:
                 matching.append(name)
@@ -690,6 +694,9 @@ def _whole_table(path: Path, wanted: dict[str, Any], found: Findings, may_be_nul
         return None
     except provenance.UNREADABLE as error:
         found.fault(path.name, f"cannot be read ({first_line(error)})")
+        return None
+    except UserError as error:
+        found.faults.append(str(error))
         return None
     _matching(path.name, table.schema, wanted, found)
     for name in wanted:

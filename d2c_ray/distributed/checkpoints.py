@@ -7,12 +7,14 @@ folder, or <resources.checkpoint_storage>/<run>/<stage>.
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
 import time
 import traceback
 import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +38,7 @@ from d2c_ray.training.loop import crosses
 NAME = "checkpoints"
 KEPT = "kept"
 INDEX = "checkpoint_manager_snapshot.json"
+_CHECKPOINT = re.compile(r"checkpoint_[\w.-]+", re.ASCII)  # as Ray names them
 TRIES = 3  # to write a state to a remote storage, each with storage.attempts a request
 CHUNK_BYTES, CHUNKS = 16 << 20, 8  # a part of an upload, and how many are on their way at most
 PAUSE_SEC = 1.0  # before the second try, and twice that before the third
@@ -103,22 +106,60 @@ def _s3(options: StorageConfig) -> fs.S3FileSystem:
     )  # fmt: skip
 
 
+def index(place: Place) -> dict[str, Any]:
+    """What Ray's index of a place's checkpoints says; nothing where there is none.
+
+    Raises:
+        UserError: it names a checkpoint that does not lie beside it. Ray would read that one, and remove it as soon as it is old enough.
+        JSONDecodeError: half an index.
+    """
+    try:
+        with place.filesystem.open_input_stream(f"{place.path}/{NAME}/{INDEX}") as file:
+            found = json.loads(file.read())
+    except FileNotFoundError:
+        return {}
+    for name in _names(found):
+        if not isinstance(name, str) or not _CHECKPOINT.fullmatch(name):
+            raise UserError(
+                f"'{place.path}/{NAME}/{INDEX}' names the checkpoint {name!r}, which is no folder beside it, as those are that a training leaves "
+                "(checkpoint_...). Move the training's folder away; the same command trains anew."
+            )
+    return found if isinstance(found, dict) else {}
+
+
+def _names(found: Any) -> Iterator[Any]:
+    """Every name of a checkpoint in an index, however deep."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            if key == "checkpoint_dir_name":
+                yield value
+            else:
+                yield from _names(value)
+    elif isinstance(found, list):
+        for value in found:
+            yield from _names(value)
+
+
 def mend(place: Place) -> Path | None:
     """Sets aside checkpoints whose index Ray was writing when it was killed, and finds the newest whole one among them.
 
     Ray does not write its index whole, and refuses to start on half of one. On S3 an object appears whole or not at all, so
     there is nothing to mend. What was set aside goes when an index names a checkpoint again.
+
+    Raises:
+        UserError: as `index`.
     """
     if place.local is None:
+        with suppress(json.JSONDecodeError):
+            index(place)
         return None
     folder = place.local / NAME
     try:
-        if json.loads((folder / INDEX).read_text()).get("checkpoint_results"):
+        if index(place).get("checkpoint_results"):
             for aside in folder.parent.glob(f"{folder.name}-set-aside-*"):
                 shutil.rmtree(aside, ignore_errors=True)
-        return None
-    except FileNotFoundError:
-        pass
+        if (folder / INDEX).is_file():
+            return None
     except json.JSONDecodeError:
         folder.rename(folder.with_name(f"{folder.name}-set-aside-{len(list(folder.parent.glob(folder.name + '-*')))}"))
     whole = []
@@ -131,9 +172,8 @@ def mend(place: Place) -> Path | None:
 def newest(place: Place) -> str:
     """The path, on the place's file system, of the last checkpoint of a finished training; empty where it is gone."""
     try:
-        with place.filesystem.open_input_stream(f"{place.path}/{NAME}/{INDEX}") as file:
-            last = json.loads(file.read()).get("latest_checkpoint_result")
-    except (FileNotFoundError, json.JSONDecodeError):
+        last = index(place).get("latest_checkpoint_result")
+    except json.JSONDecodeError:
         return ""
     path = f"{place.path}/{NAME}/{last['checkpoint_dir_name']}" if last else ""
     return path if path and place.filesystem.get_file_info(f"{path}/{state.META}").type == fs.FileType.File else ""
@@ -141,12 +181,7 @@ def newest(place: Place) -> str:
 
 def tidy(place: Place) -> None:
     """Removes checkpoints that no index names: those on their way when a worker or the driver was killed. While nobody writes."""
-    try:
-        with place.filesystem.open_input_stream(f"{place.path}/{NAME}/{INDEX}") as file:
-            index = json.loads(file.read())
-    except FileNotFoundError:
-        return
-    named = {result["checkpoint_dir_name"] for result in index.get("checkpoint_results", [])}
+    named = {result["checkpoint_dir_name"] for result in index(place).get("checkpoint_results", [])}
     for entry in place.filesystem.get_file_info(fs.FileSelector(f"{place.path}/{NAME}")) if named else []:
         if entry.type == fs.FileType.Directory and entry.base_name.startswith("checkpoint_") and entry.base_name not in named:
             with suppress(OSError):

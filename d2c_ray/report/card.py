@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import Image
 
 from d2c_ray.config import DataConfig
@@ -465,7 +464,7 @@ def _images(folder: Path, stated: dict[str, Any], wanted: set[int]) -> dict[int,
     for path in sorted(folder.glob("part-*.parquet")):
         if wanted.isdisjoint(tables.read(path, ["sample_id"]).column("sample_id").to_pylist()):
             continue
-        with pq.ParquetFile(path) as file:
+        with tables.opened(path, path) as file:
             for batch in file.iter_batches(256, columns=["sample_id", "image"]):
                 for row, sample_id in enumerate(batch.column("sample_id").to_pylist()):
                     if sample_id in wanted:

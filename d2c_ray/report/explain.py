@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from d2c_ray.config import FEATURE_SELECTORS, SelectConfig
 from d2c_ray.data import tables
@@ -40,7 +39,7 @@ def image_of(plan: Plan, key: str) -> dict[str, Any]:
     """
     paths = plan.of("manifest")[0].dir.parts()
     for path in paths:
-        file = pq.ParquetFile(path)
+        file = tables.opened(path, path)
         column = file.schema_arrow.get_field_index("key")
         for group in range(file.metadata.num_row_groups):
             bounds = file.metadata.row_group(group).column(column).statistics

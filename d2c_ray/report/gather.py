@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from d2c_ray.config import get, to_dict
 from d2c_ray.data import provenance, score_parts, tables, units
@@ -160,7 +159,7 @@ def samples_at(plan: Plan, node: Node, indices: set[int]) -> dict[int, np.ndarra
 
 
 def _with_images(node: Node) -> list[Path]:
-    return [path for path in node.dir.parts() if "image" in pq.read_schema(path).names]
+    return [path for path in node.dir.parts() if "image" in tables.columns(path)]
 
 
 def _decoded(plan: Plan, image: bytes) -> np.ndarray:
