@@ -9,7 +9,7 @@ assumed         a share of the device's dense peak
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from d2c_ray.models.flops import dense_peak
 
 MEASURED, PUBLISHED, ASSUMED, UNKNOWN = "measured here", "published", "assumed", "not known"
 FILE = "bench.json"  # in run.dir
+MOST = 1e30  # no number of a bench comes near it
 MFU = 0.4  # assumed where nothing better is known
 ALIKE = {"sample": ("forward",), "forward": ("sample",)}  # forwards of the same network
 DECODES = ("score", "embed", "attach", "reference")  # stages whose images CPU tasks decode ahead of the actors
@@ -245,24 +246,46 @@ def from_file(path: Path) -> list[dict[str, Any]]:
     """
     try:
         found = json.loads(path.read_text())["entries"]
-        for entry in found:
-            _ = (
-                entry["what"],
-                entry["shape"],
-                entry["device"],
-                entry["gpu"],
-                float(entry["seconds"]),
-                entry["date"],
-                entry["flops"],
-                entry["precision"],
-                entry["host_gpu"],
-                entry["threads"],
-            )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"'{path}' is no file of d2c bench ({type(error).__name__}: {error}); d2c bench writes it anew once it is moved away."
-        ) from None
+        wrong = next((f"entry {number}: {said}" for number, entry in enumerate(found) if (said := _wrong(entry))), "")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong:
+        raise UserError(f"'{path}' is no file of d2c bench ({wrong}); d2c bench writes it anew once it is moved away.")
     return list(found)
+
+
+def _wrong(entry: Any) -> str:
+    """What an entry lacks or has of another kind; empty: nothing."""
+    if not isinstance(entry, dict):
+        return f"{entry!r:.40} is no mapping"
+    for name, (is_right, words) in FIELDS.items():
+        if name in ("made", "real") and entry.get("what") != "comparing":
+            continue
+        if name not in entry:
+            return f"{name} is missing"
+        if not is_right(entry[name]):
+            return f"{name} is {entry[name]!r:.40}; {words} would do"
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MOST
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and isinstance(value, int)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+# What an entry of bench.json has, which a person may have edited: how it is told, and in words.
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("what", "shape", "device", "host_gpu", "precision", "date"), (_is_text, "a text")),
+    "gpu": (lambda value: isinstance(value, bool), "true or false"), "threads": (_is_count, "a number above 0"), "seconds": (_is_number, "a number above 0"),
+    "flops": (lambda value: value is None or value == 0 or _is_number(value), "a number or null"), "made": (_is_count, "a number above 0"), "real": (_is_count, "a number above 0"),
+}  # fmt: skip
 
 
 def of(config: Config, mfu: float | None = None, more: Iterable[dict[str, Any]] = ()) -> Rates:

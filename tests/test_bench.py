@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import DEBUG
 
-from d2c_ray import bench, cli, estimate, forecast, hardware, rates, sweep
+from d2c_ray import bench, cli, estimate, forecast, hardware, pipeline, rates, sweep
+from d2c_ray import plan as plans
 from d2c_ray.config import Config, load
+from d2c_ray.distributed import cluster
 from d2c_ray.errors import UserError
 from d2c_ray.report import estimate as printed
 
@@ -112,6 +114,47 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> No
     (tmp_path / rates.FILE).write_text(content)
     with pytest.raises(UserError, match=r"bench.json' is no file of d2c bench"):
         rates.of(load(DEBUG, [f"run.dir={tmp_path}"]))
+
+
+ENTRY = {"what": "comparing", "shape": "x", "device": "a core", "gpu": False, "seconds": 0.5, "date": "2026-11-28", "flops": 10.0, "precision": "fp32", "host_gpu": "", "threads": 1, "made": 20, "real": 40}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("date", None), ("flops", "1e12"), ("flops", -1), ("seconds", "0.5"), ("seconds", float("nan")), ("seconds", float("inf")), ("seconds", -1), ("seconds", 0),
+        ("seconds", True), ("seconds", 10**40), ("threads", 0.5), ("made", ...), ("real", 0), ("gpu", 1), ("host_gpu", None), ("shape", ...),
+    ],
+)  # fmt: skip
+def test_an_entry_that_is_none_is_named(tmp_path: Path, name: str, value: object) -> None:
+    wrong = {key: value if key == name else own for key, own in ENTRY.items() if key != name or value is not ...}
+    (tmp_path / rates.FILE).write_text(json.dumps({"entries": [ENTRY, wrong]}))
+    with pytest.raises(UserError, match=rf"bench.json' is no file of d2c bench \(entry 1: {name} is "):
+        rates.of(load(DEBUG, [f"run.dir={tmp_path}"]))
+    (tmp_path / rates.FILE).write_text(json.dumps({"entries": [ENTRY, {**ENTRY, "flops": None}]}))
+    assert len(rates.of(load(DEBUG, [f"run.dir={tmp_path}"])).entries) == 2
+
+
+def test_a_run_goes_on_beside_a_broken_file(debug_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray and its GPUs are taken when a run is planned: whatever is wrong there costs the plan and nothing else."""
+    monkeypatch.setattr(cluster, "at_hand", lambda: CPU)
+    config = debug_config()
+    plan = plans.make(config)
+    status, nodes = pipeline.Status(plan), [node for node in plan.nodes if node.stage != "manifest"]
+    file = Path(config.run.dir) / rates.FILE
+    file.write_text(json.dumps({"entries": [{**ENTRY, "seconds": "0.5"}]}))
+    status.plan(nodes, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"d2c: nothing is planned for this run: '{file}' is no file of d2c bench (entry 0: seconds is '0.5'")
+    assert json.loads((plan.folder / "plan.json").read_text())["planned"] == {}
+    file.unlink()
+    monkeypatch.setattr(rates.Rates, "stage", lambda *given: 1 / 0)
+    status.plan(nodes, 2)
+    assert capsys.readouterr().err == "d2c: nothing is planned for this run: ZeroDivisionError: division by zero\n"
+    monkeypatch.undo()
+    monkeypatch.setattr(cluster, "at_hand", lambda: CPU)
+    status.plan(nodes, 2)
+    assert set(json.loads((plan.folder / "plan.json").read_text())["planned"]) == {node.name for node in nodes}
 
 
 def test_a_gpu_is_known_by_its_long_name_and_by_its_short_one() -> None:
