@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from d2c_ray import estimate, hardware, pipeline, rates
@@ -162,13 +161,24 @@ def _plan(config: Config) -> tuple[Plan | None, str]:
 
 
 def _manifest(plan: Plan) -> tuple[dict[str, Any] | None, float | None]:
-    """What the manifest says where it is finished, and the mean bytes of an image where it knows them."""
+    """What the manifest says where it is finished, and the mean bytes of an image where it knows them; one part in memory at a time."""
     (node,) = plan.of("manifest")
-    if not node.dir.done:
+    facts = _facts(plan)
+    if facts is None:
         return None, None
-    lengths = tables.read(node.dir.parts(), ["length"]).column("length").to_numpy()
-    known = len(lengths) and (lengths >= 0).all()
-    return node.dir.success()["facts"], float(np.mean(lengths)) if known else None
+    rows = total = 0
+    for path in node.dir.parts():
+        lengths = tables.read(path, ["length"]).column("length").to_numpy()
+        if (lengths < 0).any():
+            return facts, None
+        rows, total = rows + len(lengths), total + int(lengths.sum())
+    return facts, total / rows if rows else None
+
+
+def _facts(plan: Plan) -> dict[str, Any] | None:
+    """What the manifest says of the source; None where it is not finished."""
+    (node,) = plan.of("manifest")
+    return node.dir.success()["facts"] if node.dir.done else None
 
 
 def some_rows(config: Config) -> pa.Table | None:
@@ -257,7 +267,7 @@ class Look:
         each = 1.0 if node.stage in hardware.TRAININGS else self.cluster.gpus_per_actor(config.resources)
         gpus = share * each if device.gpu else 0.0
         return {
-            **found, "seconds": spent.seconds, "places": share, "device": device.name or "CPU", "gpu_hours": gpus * (spent.seconds or 0.0) / 3600,
+            **found, "seconds": spent.seconds, "places": share, "device": device.name or ("GPU" if device.gpu else "CPU"), "gpu_hours": gpus * (spent.seconds or 0.0) / 3600,
             "source": spent.by.source, "said": spent.by.said,
             "parts": [{"what": what, "seconds": seconds, "source": rate.source, "said": rate.said} for what, seconds, rate in spent.parts],
         }  # fmt: skip
@@ -326,17 +336,22 @@ def schedule(nodes: list[Node], seconds: Callable[[Node, int], float], slots: in
 def planned(plan: Plan, nodes: list[Node], cluster: Cluster, slots: int) -> dict[str, Any]:
     """What is to be kept of the stages of a run that begins: of those whose folder is there, what was planned before it was.
 
+    Nothing of what is not known, as where GPUs come on demand.
+
     Args:
         nodes: that this run makes. slots: as `pipeline.run_all`.
     """
-    facts, image_bytes = _manifest(plan)
+    facts = _facts(plan)
     found = gather.kept(plan.folder)  # of other settings' stages too, which lie in the same folder
     fresh = [node for node in nodes if not node.folder.exists()]
-    look = Look(cluster, rates.of(plan.config), {node.name: estimate.known(0, node.config, facts, image_bytes)[0] for node in nodes})
+    look = Look(cluster, rates.of(plan.config), {node.name: estimate.known(0, node.config, facts, None)[0] for node in nodes})
     todo = [node for node in nodes if not node.dir.done]
     shares, _ = schedule(todo, lambda node, share: look.time(node, share).seconds or 0.0, slots)
     for node in fresh:
         row = look.row(node, shares[node.name], None)
+        found.pop(node.name, None)
+        if row["seconds"] is None:
+            continue
         found[node.name] = {name: row[name] for name in ("stage", "images", "seconds", "places", "device", "source", "said")} | {
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z")
         }

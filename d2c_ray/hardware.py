@@ -25,7 +25,7 @@ _MEMORY: list[tuple[tuple[str, ...], float]] = [
 
 @dataclass(frozen=True)
 class Device:
-    """What one process computes on: a GPU by name, or CPU cores by their model name."""
+    """What one process computes on: a GPU by name (empty: one that is not there), or CPU cores by their model name."""
 
     name: str
     gpu: bool
@@ -67,9 +67,9 @@ class Cluster:
         return self.gpus_per_actor(resources) > 0 or self.gpus > 0
 
     def device(self, stage: str, resources: ResourcesConfig) -> Device:
-        """What a process of a stage computes on."""
+        """What a process of a stage computes on; a GPU without a name where it wants one and there is none (yet)."""
         on_gpu = self.trains_on_gpus(resources) if stage in TRAININGS else self.gpus_per_actor(resources) > 0 and stage not in ON_DRIVER
-        return Device(self.gpu, True) if on_gpu and self.gpus else Device(self.cpu, False, resources.threads)
+        return Device(self.gpu, True) if on_gpu else Device(self.cpu, False, resources.threads)
 
     @property
     def title(self) -> str:

@@ -24,6 +24,7 @@ from d2c_ray.models.flops import dense_peak
 MEASURED, PUBLISHED, ASSUMED, UNKNOWN = "measured here", "published", "assumed", "not known"
 FILE = "bench.json"  # in run.dir
 MOST = 1e30  # no number of a bench comes near it
+ON_DEMAND = "it wants a GPU and there is none: of GPUs that come on demand, --gpus says what they are"
 MFU = 0.4  # assumed where nothing better is known
 ALIKE = {"sample": ("forward",), "forward": ("sample",)}  # forwards of the same network
 DECODES = ("score", "embed", "attach", "reference")  # stages whose images CPU tasks decode ahead of the actors
@@ -96,6 +97,8 @@ class Rates:
         """One piece of work in one process on a device."""
         if piece.flops == 0:
             return Rate(0.0, ASSUMED, "nothing to do")
+        if device.gpu and not device.name:
+            return Rate(0.0, UNKNOWN, ON_DEMAND)
         mine = [
             entry for entry in self.entries
             if entry["what"] in (piece.what, *ALIKE.get(piece.what, ())) and device.is_same(entry["device"], entry["gpu"]) and (device.gpu or entry["threads"] == device.threads)

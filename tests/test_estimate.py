@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from conftest import DEBUG, ROOT
@@ -10,6 +11,7 @@ from conftest import DEBUG, ROOT
 from d2c_ray import cli, estimate, forecast, hardware, pipeline, rates
 from d2c_ray import plan as plans
 from d2c_ray.config import Config, VisionConfig, arm_configs, load
+from d2c_ray.data import tables
 from d2c_ray.errors import UserError
 from d2c_ray.estimate import Data
 from d2c_ray.models.transformer import Transformer, TransformerSpec
@@ -419,3 +421,48 @@ def test_what_was_planned_is_kept_once_a_stage_has_begun(debug_config) -> None:
     later = forecast.planned(plan, nodes, hardware.Cluster(8, "H100", 64, "a core", hardware.AT_HAND), 8)
     assert later[train.name] == first[train.name] and score.name not in later
     assert later[plan.of("sample")[0].name]["device"] == "H100"
+
+
+def test_what_waits_for_gpus_that_come_on_demand_is_not_known(debug_config) -> None:
+    """Planned on the one core of a head node, it would take years, and that would stand beside what it took for good."""
+    config = debug_config("resources.autoscaling=true", "resources.actors=8", "resources.gpus_per_actor=1", "resources.train_workers=2")
+    pipeline.run(config, "manifest", say=lambda text: None)
+    head = hardware.Cluster(0, "", 1, "a core", hardware.AT_HAND)
+    found = forecast.collect(config, forecast.Asked(head))
+    unknown = {one["stage"] for one in found["stages"] if one["seconds"] is None and not one["done"]}
+    assert unknown == {"teacher", "score", "attach", "train", "sample", "reference", "evaluate"} == set(found["total"]["not_known"])
+    assert row(found, "train")["device"] == "GPU" and row(found, "select")["seconds"] > 0
+    text = "\n".join(printed.lines(found))
+    assert "in all: not known" in text and "GPUs that come on demand, --gpus says" in text and "does not fit" not in text
+    plan = plans.make(config)
+    write_json(plan.folder / "plan.json", {"planned": {plan.of("train")[0].name: {"seconds": 1e7}}})  # of another cluster, and not begun
+    kept = forecast.planned(plan, [node for node in plan.nodes if node.stage != "manifest"], head, 8)
+    assert set(kept) == {plan.of("select")[0].name}
+    as_described = forecast.collect(config, forecast.Asked(hardware.described("8xH100")))
+    assert not as_described["total"]["not_known"]
+
+
+def test_a_manifest_is_read_a_part_at_a_time_and_by_a_run_not_at_all(debug_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lengths alone take 80 GB of ten billion images."""
+    config = debug_config()
+    pipeline.run(config, "manifest", say=lambda text: None)
+    plan = plans.make(config)
+    (manifest,) = plan.of("manifest")
+    lengths = []
+    for number, values in enumerate(([100, 200], [300, 600, 300])):
+        tables.write(manifest.folder / f"part-{number:06d}.parquet", pa.table({"length": values}), {})
+        lengths += values
+    for stale in set(manifest.dir.parts()) - {manifest.folder / f"part-{number:06d}.parquet" for number in range(2)}:
+        stale.unlink()
+    read: list[object] = []
+    monkeypatch.setattr(tables, "read", lambda paths, columns=None, own=tables.read: read.append(paths) or own(paths, columns))
+    facts, each = forecast._manifest(plan)
+    assert facts is not None and (facts["rows"], each) == (120, sum(lengths) / 5)
+    assert read == manifest.dir.parts()
+    read.clear()
+    forecast.planned(
+        plan, [node for node in plan.nodes if node.stage != "manifest"], hardware.Cluster(0, "", 2, "a core", hardware.AT_HAND), 2
+    )
+    assert not read
+    tables.write(manifest.folder / "part-000001.parquet", pa.table({"length": [-1]}), {})
+    assert forecast._manifest(plan)[1] is None
