@@ -30,6 +30,7 @@ class Device:
     name: str
     gpu: bool
     threads: int = 1  # of torch, on cores
+    cores: int = 0  # that each process has to itself; 0: as many as threads
 
     def is_same(self, name: str, gpu: bool) -> bool:
         """Whether a name means this device, however long: 'NVIDIA H100 80GB HBM3' is an 'H100'."""
@@ -114,6 +115,13 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else []
     return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+@cache
+def native_bf16() -> bool:
+    """Whether this machine's CPU multiplies in bf16; elsewhere it is emulated, and slow."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(info.read_text().split())
 
 
 def here() -> Cluster:

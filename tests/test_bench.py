@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEBUG
+from conftest import DEBUG, ROOT
 
 from d2c_ray import bench, cli, estimate, forecast, hardware, pipeline, rates, sweep
 from d2c_ray import plan as plans
@@ -54,7 +54,13 @@ def test_plan_counts_with_what_was_measured_and_says_so(benched: tuple[Config, P
     (part,) = [part for part in train["parts"] if part["what"] == "train"]
     (mine,) = [own for shape, own in entry.items() if "text" in shape]
     assert part["seconds"] == pytest.approx(512 * mine["seconds"]) and part["source"] == rates.MEASURED
-    assert {row["source"] for row in found["stages"]} == {rates.MEASURED}
+    parts = [
+        part for row in found["stages"] for part in row["parts"] if part["what"] not in ("listing", "choosing", "waiting for the driver")
+    ]
+    assert {part["source"] for part in parts if part["what"] != "starting"} == {rates.MEASURED}
+    assert {(part["source"], "fitted to runs of the presets" in part["said"]) for part in parts if part["what"] == "starting"} == {
+        ("assumed", True)
+    }
     assert f"measured here: {hardware.cpu_name()}" in "\n".join(printed.lines(found))
     for other in (forecast.Asked(hardware.described("H100")), forecast.Asked(replace(hardware.here(), cpu="another CPU"))):
         rows = forecast.collect(config, other)["stages"]
@@ -206,3 +212,110 @@ def test_a_model_too_large_for_a_bench_is_told_from_smaller_steps(benched: tuple
     forward = [entry for entry in rates.of(config).entries if entry["what"] == "forward"]
     rate = rates.Rates(forward).piece(sample, hardware.Device(hardware.cpu_name(), False))
     assert rate.source == rates.MEASURED and "of another shape" in rate.said
+
+
+def fast_dit(*overrides: str) -> Config:
+    """A DiT-XL/2 of 256 px on latents, as fast-DiT trains it."""
+    of = [
+        "attach.text.encoder=none",
+        "attach.vision.encoder=none",
+        "train.align_weight=0",
+        "resources.recompute=true",
+        "train.batch_size=128",
+    ]
+    return load(ROOT / "configs" / "imagenet256_dit_xl_10k.yaml", [*of, *overrides])
+
+
+def test_the_published_pace_of_training_is_the_published_one() -> None:
+    """0.84 steps of 128 images a second, recomputing: so four forwards; scoring has no published pace."""
+    imagenet, known, cluster = estimate.Data(1_281_167, 1000), rates.Rates([]), hardware.described("A100")
+    ((_, rate),) = known.image("train", fast_dit(), imagenet, cluster.device("train", fast_dit().resources))
+    assert 1 / rate.seconds / 128 == pytest.approx(0.84, rel=3e-3) and rate.source == rates.PUBLISHED
+    plain = fast_dit("resources.recompute=false")
+    ((_, less),) = known.image("train", plain, imagenet, cluster.device("train", plain.resources))
+    assert less.seconds == pytest.approx(rate.seconds * 3 / 4)
+    for stage in ("score", "sample"):
+        own = fast_dit("score.precision=bf16", "sample.precision=bf16", "vae.precision=bf16")
+        assert {rate.source for _, rate in known.image(stage, own, imagenet, cluster.device(stage, own.resources))} == {rates.ASSUMED}
+
+
+def test_threads_beyond_the_cores_compute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def training(threads: int, share: int, precision: str = "fp32") -> float:
+        config = load(DEBUG, [f"resources.threads={threads}", f"train.precision={precision}"])
+        (found,) = [part[1] for part in rates.Rates([]).stage("train", config, DIGITS, CPU, share).parts if part[0] == "train"]
+        return found * share  # of all workers
+
+    assert training(2, 1) == pytest.approx(training(1, 1) / 2)
+    assert training(64, 1) == training(2, 1) and training(64, 2) == training(1, 2) == training(1, 1)
+    monkeypatch.setattr(rates, "native_bf16", lambda: True)
+    fast = training(1, 1, "bf16")
+    monkeypatch.setattr(rates, "native_bf16", lambda: False)
+    assert fast < training(1, 1) < training(1, 1, "bf16"), "emulated"
+
+
+@pytest.mark.parametrize("selector", ["gadc", "herding"])
+def test_classes_are_selected_side_by_side(selector: str) -> None:
+    config, known, data = load(DEBUG, [f"select.selector={selector}"]), rates.Rates([]), estimate.Data(1000, 10)
+
+    def choosing(share: int, cluster: hardware.Cluster = CPU, own: Config = config) -> tuple[float | None, str]:
+        found = known.stage("select", own, data, cluster, share)
+        return found.seconds and next(seconds for what, seconds, _ in found.parts if what == "choosing"), found.parts[-1][2].source
+
+    (alone, source), (four, _), (many, _) = choosing(1), choosing(4), choosing(64)
+    assert alone and four and many and source == rates.PUBLISHED
+    assert four == pytest.approx(alone * 3 / 10) and many == pytest.approx(alone / 10), (
+        "ten classes: three turns of four, and no more than ten"
+    )
+    on_gpu = load(DEBUG, [f"select.selector={selector}", "resources.gpus_per_actor=1"])
+    assert choosing(1, hardware.described("4xH100"), on_gpu)[1] == (rates.ASSUMED if selector == "gadc" else rates.PUBLISHED)
+    assert (choosing(1, CPU, on_gpu)[0] is None) == (selector == "gadc")
+
+
+def test_one_driver_and_the_tables_of_many_images() -> None:
+    many, known = estimate.Data(100_000_000, 1000), rates.Rates([], 1.0)
+
+    def parts(stage: str, cluster: hardware.Cluster, *overrides: str, data: estimate.Data = many) -> dict[str, float]:
+        own = load(DEBUG, ["data.limit_per_class=0", *overrides])
+        return {what: seconds for what, seconds, _ in known.stage(stage, own, data, cluster, cluster.places(own.resources)).parts}
+
+    scored = parts("score", hardware.described("512xH200", 8192))
+    assert sum(scored.values()) - scored["starting"] == pytest.approx(100_000_000 / 22_985), "a debug model is no work for 512 GPUs"
+    assert parts("score", hardware.described("", 2))["waiting for the driver"] == 0
+    assert parts("select", hardware.described("", 2))["choosing"] == pytest.approx(72), "ten partitions on two cores, 90 s with Ray's start"
+    assert parts("select", hardware.described("", 8))["choosing"] == pytest.approx(18)
+    assert parts("select", hardware.described("", 8), data=estimate.Data(1_280_000, 1000))["choosing"] == pytest.approx(0.65)
+    listing = {
+        path: known.stage("manifest", load(DEBUG, ["data.source=auto", f"data.path={path}"]), many, CPU, 1).parts[-1] for path in ("s3://b/a.parquet", "/a/b.parquet", "/a/tars")
+    }  # fmt: skip
+    assert [(seconds, rate.source) for _, seconds, rate in listing.values()] == [
+        (5000, "assumed"),
+        (pytest.approx(124), "published"),
+        (5000, "assumed"),
+    ]
+
+
+def test_scoring_draws_noise_while_it_decodes() -> None:
+    config, known = fast_dit("score.num_timesteps=16"), rates.Rates([])
+    data, cluster = estimate.Data(1000, 1000), hardware.Cluster(0, "", 1, "a core", hardware.HERE)
+    each = {
+        stage: dict((what, seconds) for what, seconds, _ in known.stage(stage, config, data, cluster, 1).parts)["decoding"]
+        for stage in ("score", "reference")
+    }
+    assert each == {"score": pytest.approx(3.5 + 0.9), "reference": pytest.approx(3.5)}
+
+
+def test_measures_take_as_long_as_their_features_are_wide() -> None:
+    def comparing(network: str) -> float:
+        found = rates.Rates([]).stage("evaluate", load(DEBUG, [f"evaluate.network={network}"]), estimate.Data(10_000, 10), CPU, 1)
+        return next(seconds for what, seconds, _ in found.parts if what == "comparing")
+
+    assert comparing("inception") > comparing("dinov2-g") > comparing("efficientnet-lite2") > comparing("dinov2-l") > comparing("dinov2-s")
+
+
+def test_what_cores_do_is_never_taken_of_another_cpu() -> None:
+    """Of a cluster whose cores are not known, it is taken of a machine with its GPU."""
+    entry = {**ENTRY, "what": "start", "shape": "", "host_gpu": "NVIDIA H100 80GB HBM3"}
+    known = rates.Rates([entry])
+    assert known.start(hardware.described("H100")).source == rates.MEASURED
+    assert known.start(hardware.Cluster(1, "NVIDIA H100 80GB HBM3", 8, "a core", hardware.HERE)).source == rates.MEASURED
+    assert known.start(hardware.Cluster(1, "NVIDIA H100 80GB HBM3", 8, "another core", hardware.HERE)).source == rates.PUBLISHED
