@@ -340,11 +340,11 @@ def follow() -> None:
     telemetry.follow()
 
 
-def trainings(config: Config, slots: int) -> int:
-    """Training workers that run at once on a cluster with `slots` places for other work."""
+def trainings(config: Config) -> int:
+    """Training workers that run at once on the connected cluster."""
     from d2c_ray.distributed import cluster
 
-    return cluster.total_gpus() or slots if cluster.train_on_gpus(config.resources) else slots
+    return cluster.trainings(config.resources)
 
 
 def _device(node: Node) -> str:

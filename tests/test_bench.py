@@ -298,7 +298,7 @@ def test_scoring_draws_noise_while_it_decodes() -> None:
     config, known = fast_dit("score.num_timesteps=16"), rates.Rates([])
     data, cluster = estimate.Data(1000, 1000), hardware.Cluster(0, "", 1, "a core", hardware.HERE)
     each = {
-        stage: dict((what, seconds) for what, seconds, _ in known.stage(stage, config, data, cluster, 1).parts)["decoding"]
+        stage: {what: seconds for what, seconds, _ in known.stage(stage, config, data, cluster, 1).parts}["decoding"]
         for stage in ("score", "reference")
     }
     assert each == {"score": pytest.approx(3.5 + 0.9), "reference": pytest.approx(3.5)}
@@ -319,3 +319,16 @@ def test_what_cores_do_is_never_taken_of_another_cpu() -> None:
     assert known.start(hardware.described("H100")).source == rates.MEASURED
     assert known.start(hardware.Cluster(1, "NVIDIA H100 80GB HBM3", 8, "a core", hardware.HERE)).source == rates.MEASURED
     assert known.start(hardware.Cluster(1, "NVIDIA H100 80GB HBM3", 8, "another core", hardware.HERE)).source == rates.PUBLISHED
+
+
+def test_a_dry_run_counts_with_the_trials_that_a_sweep_runs_at_once(debug_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "here", lambda: hardware.Cluster(2, "H100", 16, "a core", hardware.HERE))
+    monkeypatch.setattr(bench, "measured", lambda *given, **named: ([], {}))
+    config = debug_config(
+        "resources.actors=8", "resources.gpus_per_actor=0.25", "sweep.axes={select.budget: [20, 30, 40, 50]}", "sweep.random_twins=false"
+    )
+    assert sweep.forecast(config)["concurrent"] == 2
+    monkeypatch.setattr(hardware, "here", lambda: hardware.Cluster(0, "", 2, "a core", hardware.HERE))
+    assert any(
+        said.startswith("that score takes no time, which is not known: it wants a GPU") for said in sweep.forecast(config)["assumed"]
+    )
