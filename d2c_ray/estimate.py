@@ -32,7 +32,7 @@ EFFICIENTNETS = {
     "efficientnet-lite0": (407e6, 224),
     "efficientnet-lite2": (869e6, 260),
 }  # published multiply-adds, at so many pixels a side
-EFFICIENTNET_WIDTH, MINILM_WIDTH = 1280, 384
+EFFICIENTNET_WIDTH, MINILM_WIDTH, INCEPTION_WIDTH = 1280, 384, 2048
 # The encoder of Stable Diffusion's VAE: multiply-adds a pixel, and a squared pixel for the attention over (pixels / 64) places.
 VAE_MACS = (2_064_321.0, 0.25)
 VAE_DECODER_MACS = (4_730_528.0, 0.25)
@@ -130,6 +130,11 @@ def vision_width(encoder: str, assumed: Assumed) -> int:
     if shape is None:
         assumed.append(f"the width of {encoder} is not known: that of dinov2-b, {DINOV2_SHAPES['base'][1]}")
     return (shape or DINOV2_SHAPES["base"])[1]
+
+
+def network_width(name: str, assumed: Assumed) -> int:
+    """Numbers an image in a network that measures."""
+    return INCEPTION_WIDTH if name == INCEPTION else vision_width(name, assumed)
 
 
 @lru_cache(maxsize=64)

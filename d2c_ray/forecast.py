@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from d2c_ray import estimate, hardware, pipeline, rates
 from d2c_ray import plan as plans
-from d2c_ray.config import Config, arm_configs, from_dict, merged, to_dict
+from d2c_ray.config import Config, arm_configs, from_dict, merged, pools, to_dict
 from d2c_ray.data import tables
 from d2c_ray.errors import UserError
 from d2c_ray.estimate import Assumed, Data
@@ -28,6 +28,7 @@ from d2c_ray.models import offline
 from d2c_ray.plan import Node, Plan
 from d2c_ray.rates import Rates, Time
 from d2c_ray.report import gather
+from d2c_ray.selection import rank
 from d2c_ray.training.batches import BLOCK
 
 # Sections that a stage reads besides those of its inputs: what tells stages of arms apart where hashes are not known yet.
@@ -99,8 +100,7 @@ def collect(config: Config, asked: Asked = Asked()) -> dict[str, Any]:
     for arm, own in whole.arms.items():
         datas[arm], assumed = estimate.known(asked.images, own, facts, image_bytes)
         found = estimate.student(own, datas[arm])
-        if found["images"] > datas[arm].images:
-            raise UserError(f"select.budget asks for {found['images']} images; there are {datas[arm].images}.")
+        _check(own, datas[arm], facts)
         students[arm] = {**found, "assumed": [*assumed, *found["assumed"]]}
     nodes = every_node(whole, plan)
     look = Look(cluster, known, {node.name: datas[node.arms[0]] for node in nodes})
@@ -114,6 +114,22 @@ def collect(config: Config, asked: Asked = Asked()) -> dict[str, Any]:
         "source_bytes": _source_bytes(first), "leaves": look.leaves(nodes), "memory": memories(whole, datas),
         "problems": problems(whole, asked, cluster, nodes, datas), "idle": _idle(config, cluster, nodes),
     }  # fmt: skip
+
+
+def _check(config: Config, data: Data, facts: dict[str, Any] | None) -> None:
+    """Refuses what a run refuses (`plans.check_against_data`), as far as it can be seen without the images.
+
+    Raises:
+        UserError: a budget that does not fit, or a batch of fewer blocks than workers.
+    """
+    if config.select.selector != "all":
+        budget = rank.budget_images(config.select.budget, data.images)
+        if facts is not None and facts["rows"] == data.images:
+            rank.quotas(np.asarray(facts["class_counts"]), budget, config.select.balance)
+        elif budget > data.images:
+            raise UserError(f"select.budget asks for {budget} images; there are {data.images}.")
+    plans.check_batch("train.batch_size", config.train.batch_size, config.resources.train_workers)
+    plans.check_batch("teacher.train.batch_size", config.teacher.train.batch_size, config.resources.teacher_workers)
 
 
 def _idle(config: Config, cluster: Cluster, nodes: list[Node]) -> str:
@@ -162,13 +178,24 @@ def _plan(config: Config) -> tuple[Plan | None, str]:
 
 
 def _manifest(plan: Plan) -> tuple[dict[str, Any] | None, float | None]:
-    """What the manifest says where it is finished, and the mean bytes of an image where it knows them."""
+    """What the manifest says where it is finished, and the mean bytes of an image where it knows them; one part in memory at a time."""
     (node,) = plan.of("manifest")
-    if not node.dir.done:
+    facts = _facts(plan)
+    if facts is None:
         return None, None
-    lengths = tables.read(node.dir.parts(), ["length"]).column("length").to_numpy()
-    known = len(lengths) and (lengths >= 0).all()
-    return node.dir.success()["facts"], float(np.mean(lengths)) if known else None
+    rows = total = 0
+    for path in node.dir.parts():
+        lengths = tables.read(path, ["length"]).column("length").to_numpy()
+        if (lengths < 0).any():
+            return facts, None
+        rows, total = rows + len(lengths), total + int(lengths.sum())
+    return facts, total / rows if rows else None
+
+
+def _facts(plan: Plan) -> dict[str, Any] | None:
+    """What the manifest says of the source; None where it is not finished."""
+    (node,) = plan.of("manifest")
+    return node.dir.success()["facts"] if node.dir.done else None
 
 
 def some_rows(config: Config) -> pa.Table | None:
@@ -257,7 +284,7 @@ class Look:
         each = 1.0 if node.stage in hardware.TRAININGS else self.cluster.gpus_per_actor(config.resources)
         gpus = share * each if device.gpu else 0.0
         return {
-            **found, "seconds": spent.seconds, "places": share, "device": device.name or "CPU", "gpu_hours": gpus * (spent.seconds or 0.0) / 3600,
+            **found, "seconds": spent.seconds, "places": share, "device": device.name or ("GPU" if device.gpu else "CPU"), "gpu_hours": gpus * (spent.seconds or 0.0) / 3600,
             "source": spent.by.source, "said": spent.by.said,
             "parts": [{"what": what, "seconds": seconds, "source": rate.source, "said": rate.said} for what, seconds, rate in spent.parts],
         }  # fmt: skip
@@ -326,17 +353,22 @@ def schedule(nodes: list[Node], seconds: Callable[[Node, int], float], slots: in
 def planned(plan: Plan, nodes: list[Node], cluster: Cluster, slots: int) -> dict[str, Any]:
     """What is to be kept of the stages of a run that begins: of those whose folder is there, what was planned before it was.
 
+    Nothing of what is not known, as where GPUs come on demand.
+
     Args:
         nodes: that this run makes. slots: as `pipeline.run_all`.
     """
-    facts, image_bytes = _manifest(plan)
+    facts = _facts(plan)
     found = gather.kept(plan.folder)  # of other settings' stages too, which lie in the same folder
     fresh = [node for node in nodes if not node.folder.exists()]
-    look = Look(cluster, rates.of(plan.config), {node.name: estimate.known(0, node.config, facts, image_bytes)[0] for node in nodes})
+    look = Look(cluster, rates.of(plan.config), {node.name: estimate.known(0, node.config, facts, None)[0] for node in nodes})
     todo = [node for node in nodes if not node.dir.done]
     shares, _ = schedule(todo, lambda node, share: look.time(node, share).seconds or 0.0, slots)
     for node in fresh:
         row = look.row(node, shares[node.name], None)
+        found.pop(node.name, None)
+        if row["seconds"] is None:
+            continue
         found[node.name] = {name: row[name] for name in ("stage", "images", "seconds", "places", "device", "source", "said")} | {
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z")
         }
@@ -371,25 +403,14 @@ def memories(whole: Resolved, datas: dict[str, Data]) -> dict[str, dict[str, Any
 
 def problems(whole: Resolved, asked: Asked, cluster: Cluster, nodes: list[Node], datas: dict[str, Data]) -> list[dict[str, Any]]:
     """What does not fit: in words, what it wants, what there is, and changes that make it fit; none where nothing known here does."""
-    return [*_places(whole.config, cluster), *_memory(whole, cluster, datas), *_disk(whole, asked, cluster, nodes, datas)]
+    return [*_places(whole.config, cluster, nodes), *_memory(whole, cluster, datas), *_disk(whole, asked, cluster, nodes, datas)]
 
 
-def _places(config: Config, cluster: Cluster) -> list[dict[str, Any]]:
+def _places(config: Config, cluster: Cluster, nodes: list[Node]) -> list[dict[str, Any]]:
     """Actors and workers that the cluster has no room for; a run refuses them (`cluster.preflight`)."""
-    resources, found = config.resources, []
-    if resources.autoscaling:
-        return []
-    have, what = (cluster.gpus, "GPUs") if cluster.trains_on_gpus(resources) else (cluster.cpus, "CPU cores")
-    for knob, workers in (("train_workers", resources.train_workers), ("teacher_workers", resources.teacher_workers)):
-        if min(workers, resources.train_workers_min or workers) > have:
-            would = [f"resources.{knob}={have}"] if have else ["resources.train_gpus=0"]
-            found.append(_problem(f"resources.{knob}={workers}", f"{workers} {what}", f"{have}", would))
-    each = cluster.gpus_per_actor(resources)
-    room = int(cluster.gpus / each + 1e-9) if each > 0 else cluster.cpus
-    if resources.actors > room:
-        would = [f"resources.actors={room}"] if room else ["resources.gpus_per_actor=0", f"resources.actors={cluster.cpus}"]
-        found.append(_problem(f"resources.actors={resources.actors}", f"{resources.actors} places", f"{room}", would))
-    return found
+    pools_of = max((pools(node.config) for node in nodes if node.stage == "attach" and not node.dir.done), default=1)
+    lacks = hardware.lacking(cluster, config.resources, pools_of)
+    return [_problem(lack.what, lack.wants, lack.has, list(lack.would), else_would="a larger cluster") for lack in lacks]
 
 
 def _memory(whole: Resolved, cluster: Cluster, datas: dict[str, Data]) -> list[dict[str, Any]]:

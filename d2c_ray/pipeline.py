@@ -337,11 +337,11 @@ def follow() -> None:
     telemetry.follow()
 
 
-def trainings(config: Config, slots: int) -> int:
-    """Training workers that run at once on a cluster with `slots` places for other work."""
+def trainings(config: Config) -> int:
+    """Training workers that run at once on the connected cluster."""
     from d2c_ray.distributed import cluster
 
-    return cluster.total_gpus() or slots if cluster.train_on_gpus(config.resources) else slots
+    return cluster.trainings(config.resources)
 
 
 def _device(node: Node) -> str:
@@ -448,7 +448,12 @@ class Status:
         from d2c_ray import forecast
         from d2c_ray.distributed import cluster
 
-        planned = forecast.planned(self._plan, nodes, cluster.at_hand(), slots)
+        try:
+            planned = forecast.planned(self._plan, nodes, cluster.at_hand(), slots)
+        except Exception as error:  # what it takes is no reason not to run
+            said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            logs.say(f"nothing is planned for this run: {' '.join(said.split())}", "warning")
+            return
         write_json(self._plan.folder / PLAN, {**self._plan.to_json(), "planned": planned})
 
     def set(self, node: Node, state: str, error: str = "") -> None:

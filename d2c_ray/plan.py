@@ -412,7 +412,7 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
             states = text.facts(own.attach.text) if own.attach.text.encoder != "none" else None
             shape = (states["tokens"], states["width"]) if states else None
             _check_start("train.start", own, own.model, own.train.start, len(names), shape)
-        _check_batch("train.batch_size", own.train.batch_size, config.resources.train_workers)
+        check_batch("train.batch_size", own.train.batch_size, config.resources.train_workers)
         if own.attach.text.encoder != "none":
             nameless = [label for label, size in enumerate(sizes) if size and not names[label]]
             if nameless:
@@ -425,7 +425,7 @@ def check_against_data(plan: Plan, data: dict[str, Any]) -> None:
         teachers.class_map(names, data["class_counts"], known, config.teacher.classes)
     elif config.teacher.train.start:
         _check_start("teacher.train.start", config, config.teacher.model, config.teacher.train.start, len(names), None)
-    _check_batch("teacher.train.batch_size", config.teacher.train.batch_size, config.resources.teacher_workers)
+    check_batch("teacher.train.batch_size", config.teacher.train.batch_size, config.resources.teacher_workers)
     if min(rows // 2, config.sample.num_images) <= config.evaluate.neighbours + 1:
         raise UserError(
             f"{rows} images and sample.num_images={config.sample.num_images} are too few to evaluate with evaluate.neighbours={config.evaluate.neighbours}."
@@ -439,7 +439,8 @@ def _check_start(key: str, config: Config, model: ModelConfig, start: str, class
     published.check(key, start, spec)
 
 
-def _check_batch(key: str, batch: int, workers: int) -> None:
+def check_batch(key: str, batch: int, workers: int) -> None:
+    """Refuses a batch of fewer blocks than workers, which take whole ones."""
     blocks = -(-batch // BLOCK)
     if blocks < workers:
         raise UserError(

@@ -234,7 +234,7 @@ def _try(sweep: Sweep, slots: int, say: Say) -> None:
     from d2c_ray.distributed import sweep as tuning
 
     config, options = sweep.config, sweep.config.sweep
-    concurrent = concurrency(config, pipeline.trainings(config, slots))
+    concurrent = concurrency(config, pipeline.trainings(config))
     own = replace(config, run=replace(config.run, dir=str(sweep.plan.folder.parent)))  # wherever a trial's process works
     context = Context(str(sweep.folder), sweep.sources, to_dict(own), max(1, slots // concurrent))
     better = [trials.METRICS[name] for name in options.metrics]
@@ -447,7 +447,7 @@ def forecast(config: Config) -> dict[str, Any]:
     manifest, assumed = sweep.plan.of("manifest")[0], list[str]()
     data, _ = estimate.known(0, config, manifest.dir.success()["facts"], None)
     places, options, here = _places(config), config.sweep, hardware.here()
-    concurrent = concurrency(config, places)
+    concurrent = concurrency(config, here.trainings(config.resources))
     listed = sweep.trials or _unknown(sweep)
     nodes: dict[str, Node] = {}
     for trial in listed:
@@ -461,7 +461,10 @@ def forecast(config: Config) -> dict[str, Any]:
 
     def seconds_of(node: Node, of: estimate.Data) -> float:
         share = pipeline.workers(node) or (places if node.stage not in OWN else max(1, places // concurrent))
-        return pace.stage(node.stage, node.config, of, here, share).seconds or 0.0
+        found = pace.stage(node.stage, node.config, of, here, share)
+        if found.seconds is None:
+            assumed.append(f"that {node.stage} takes no time, which is not known: {found.by.said}")
+        return found.seconds or 0.0
 
     seconds: dict[str, float] = {}
     attaching: dict[str, list[Node]] = {}

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEBUG
+from conftest import DEBUG, ROOT
 
-from d2c_ray import bench, cli, estimate, forecast, hardware, rates, sweep
+from d2c_ray import bench, cli, estimate, forecast, hardware, pipeline, rates, sweep
+from d2c_ray import plan as plans
 from d2c_ray.config import Config, load
+from d2c_ray.distributed import cluster
 from d2c_ray.errors import UserError
 from d2c_ray.report import estimate as printed
 
@@ -52,7 +54,13 @@ def test_plan_counts_with_what_was_measured_and_says_so(benched: tuple[Config, P
     (part,) = [part for part in train["parts"] if part["what"] == "train"]
     (mine,) = [own for shape, own in entry.items() if "text" in shape]
     assert part["seconds"] == pytest.approx(512 * mine["seconds"]) and part["source"] == rates.MEASURED
-    assert {row["source"] for row in found["stages"]} == {rates.MEASURED}
+    parts = [
+        part for row in found["stages"] for part in row["parts"] if part["what"] not in ("listing", "choosing", "waiting for the driver")
+    ]
+    assert {part["source"] for part in parts if part["what"] != "starting"} == {rates.MEASURED}
+    assert {(part["source"], "fitted to runs of the presets" in part["said"]) for part in parts if part["what"] == "starting"} == {
+        ("assumed", True)
+    }
     assert f"measured here: {hardware.cpu_name()}" in "\n".join(printed.lines(found))
     for other in (forecast.Asked(hardware.described("H100")), forecast.Asked(replace(hardware.here(), cpu="another CPU"))):
         rows = forecast.collect(config, other)["stages"]
@@ -114,6 +122,47 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> No
         rates.of(load(DEBUG, [f"run.dir={tmp_path}"]))
 
 
+ENTRY = {"what": "comparing", "shape": "x", "device": "a core", "gpu": False, "seconds": 0.5, "date": "2026-11-28", "flops": 10.0, "precision": "fp32", "host_gpu": "", "threads": 1, "made": 20, "real": 40}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("date", None), ("flops", "1e12"), ("flops", -1), ("seconds", "0.5"), ("seconds", float("nan")), ("seconds", float("inf")), ("seconds", -1), ("seconds", 0),
+        ("seconds", True), ("seconds", 10**40), ("threads", 0.5), ("made", ...), ("real", 0), ("gpu", 1), ("host_gpu", None), ("shape", ...),
+    ],
+)  # fmt: skip
+def test_an_entry_that_is_none_is_named(tmp_path: Path, name: str, value: object) -> None:
+    wrong = {key: value if key == name else own for key, own in ENTRY.items() if key != name or value is not ...}
+    (tmp_path / rates.FILE).write_text(json.dumps({"entries": [ENTRY, wrong]}))
+    with pytest.raises(UserError, match=rf"bench.json' is no file of d2c bench \(entry 1: {name} is "):
+        rates.of(load(DEBUG, [f"run.dir={tmp_path}"]))
+    (tmp_path / rates.FILE).write_text(json.dumps({"entries": [ENTRY, {**ENTRY, "flops": None}]}))
+    assert len(rates.of(load(DEBUG, [f"run.dir={tmp_path}"])).entries) == 2
+
+
+def test_a_run_goes_on_beside_a_broken_file(debug_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray and its GPUs are taken when a run is planned: whatever is wrong there costs the plan and nothing else."""
+    monkeypatch.setattr(cluster, "at_hand", lambda: CPU)
+    config = debug_config()
+    plan = plans.make(config)
+    status, nodes = pipeline.Status(plan), [node for node in plan.nodes if node.stage != "manifest"]
+    file = Path(config.run.dir) / rates.FILE
+    file.write_text(json.dumps({"entries": [{**ENTRY, "seconds": "0.5"}]}))
+    status.plan(nodes, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"d2c: nothing is planned for this run: '{file}' is no file of d2c bench (entry 0: seconds is '0.5'")
+    assert json.loads((plan.folder / "plan.json").read_text())["planned"] == {}
+    file.unlink()
+    monkeypatch.setattr(rates.Rates, "stage", lambda *given: 1 / 0)
+    status.plan(nodes, 2)
+    assert capsys.readouterr().err == "d2c: nothing is planned for this run: ZeroDivisionError: division by zero\n"
+    monkeypatch.undo()
+    monkeypatch.setattr(cluster, "at_hand", lambda: CPU)
+    status.plan(nodes, 2)
+    assert set(json.loads((plan.folder / "plan.json").read_text())["planned"]) == {node.name for node in nodes}
+
+
 def test_a_gpu_is_known_by_its_long_name_and_by_its_short_one() -> None:
     entry = {"what": "train", "shape": "x", "device": "NVIDIA H100 80GB HBM3", "gpu": True, "seconds": 0.5, "date": "2026-11-28", "flops": 10.0, "precision": "bf16", "host_gpu": "NVIDIA H100 80GB HBM3", "threads": 1}  # fmt: skip
     piece = estimate.Piece("train", "x", 1, 10.0, "bf16")
@@ -163,3 +212,123 @@ def test_a_model_too_large_for_a_bench_is_told_from_smaller_steps(benched: tuple
     forward = [entry for entry in rates.of(config).entries if entry["what"] == "forward"]
     rate = rates.Rates(forward).piece(sample, hardware.Device(hardware.cpu_name(), False))
     assert rate.source == rates.MEASURED and "of another shape" in rate.said
+
+
+def fast_dit(*overrides: str) -> Config:
+    """A DiT-XL/2 of 256 px on latents, as fast-DiT trains it."""
+    of = [
+        "attach.text.encoder=none",
+        "attach.vision.encoder=none",
+        "train.align_weight=0",
+        "resources.recompute=true",
+        "train.batch_size=128",
+    ]
+    return load(ROOT / "configs" / "imagenet256_dit_xl_10k.yaml", [*of, *overrides])
+
+
+def test_the_published_pace_of_training_is_the_published_one() -> None:
+    """0.84 steps of 128 images a second, recomputing: so four forwards; scoring has no published pace."""
+    imagenet, known, cluster = estimate.Data(1_281_167, 1000), rates.Rates([]), hardware.described("A100")
+    ((_, rate),) = known.image("train", fast_dit(), imagenet, cluster.device("train", fast_dit().resources))
+    assert 1 / rate.seconds / 128 == pytest.approx(0.84, rel=3e-3) and rate.source == rates.PUBLISHED
+    plain = fast_dit("resources.recompute=false")
+    ((_, less),) = known.image("train", plain, imagenet, cluster.device("train", plain.resources))
+    assert less.seconds == pytest.approx(rate.seconds * 3 / 4)
+    for stage in ("score", "sample"):
+        own = fast_dit("score.precision=bf16", "sample.precision=bf16", "vae.precision=bf16")
+        assert {rate.source for _, rate in known.image(stage, own, imagenet, cluster.device(stage, own.resources))} == {rates.ASSUMED}
+
+
+def test_threads_beyond_the_cores_compute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def training(threads: int, share: int, precision: str = "fp32") -> float:
+        config = load(DEBUG, [f"resources.threads={threads}", f"train.precision={precision}"])
+        (found,) = [part[1] for part in rates.Rates([]).stage("train", config, DIGITS, CPU, share).parts if part[0] == "train"]
+        return found * share  # of all workers
+
+    assert training(2, 1) == pytest.approx(training(1, 1) / 2)
+    assert training(64, 1) == training(2, 1) and training(64, 2) == training(1, 2) == training(1, 1)
+    monkeypatch.setattr(rates, "native_bf16", lambda: True)
+    fast = training(1, 1, "bf16")
+    monkeypatch.setattr(rates, "native_bf16", lambda: False)
+    assert fast < training(1, 1) < training(1, 1, "bf16"), "emulated"
+
+
+@pytest.mark.parametrize("selector", ["gadc", "herding"])
+def test_classes_are_selected_side_by_side(selector: str) -> None:
+    config, known, data = load(DEBUG, [f"select.selector={selector}"]), rates.Rates([]), estimate.Data(1000, 10)
+
+    def choosing(share: int, cluster: hardware.Cluster = CPU, own: Config = config) -> tuple[float | None, str]:
+        found = known.stage("select", own, data, cluster, share)
+        return found.seconds and next(seconds for what, seconds, _ in found.parts if what == "choosing"), found.parts[-1][2].source
+
+    (alone, source), (four, _), (many, _) = choosing(1), choosing(4), choosing(64)
+    assert alone and four and many and source == rates.PUBLISHED
+    assert four == pytest.approx(alone * 3 / 10) and many == pytest.approx(alone / 10), (
+        "ten classes: three turns of four, and no more than ten"
+    )
+    on_gpu = load(DEBUG, [f"select.selector={selector}", "resources.gpus_per_actor=1"])
+    assert choosing(1, hardware.described("4xH100"), on_gpu)[1] == (rates.ASSUMED if selector == "gadc" else rates.PUBLISHED)
+    assert (choosing(1, CPU, on_gpu)[0] is None) == (selector == "gadc")
+
+
+def test_one_driver_and_the_tables_of_many_images() -> None:
+    many, known = estimate.Data(100_000_000, 1000), rates.Rates([], 1.0)
+
+    def parts(stage: str, cluster: hardware.Cluster, *overrides: str, data: estimate.Data = many) -> dict[str, float]:
+        own = load(DEBUG, ["data.limit_per_class=0", *overrides])
+        return {what: seconds for what, seconds, _ in known.stage(stage, own, data, cluster, cluster.places(own.resources)).parts}
+
+    scored = parts("score", hardware.described("512xH200", 8192))
+    assert sum(scored.values()) - scored["starting"] == pytest.approx(100_000_000 / 22_985), "a debug model is no work for 512 GPUs"
+    assert parts("score", hardware.described("", 2))["waiting for the driver"] == 0
+    assert parts("select", hardware.described("", 2))["choosing"] == pytest.approx(72), "ten partitions on two cores, 90 s with Ray's start"
+    assert parts("select", hardware.described("", 8))["choosing"] == pytest.approx(18)
+    assert parts("select", hardware.described("", 8), data=estimate.Data(1_280_000, 1000))["choosing"] == pytest.approx(0.65)
+    listing = {
+        path: known.stage("manifest", load(DEBUG, ["data.source=auto", f"data.path={path}"]), many, CPU, 1).parts[-1] for path in ("s3://b/a.parquet", "/a/b.parquet", "/a/tars")
+    }  # fmt: skip
+    assert [(seconds, rate.source) for _, seconds, rate in listing.values()] == [
+        (5000, "assumed"),
+        (pytest.approx(124), "published"),
+        (5000, "assumed"),
+    ]
+
+
+def test_scoring_draws_noise_while_it_decodes() -> None:
+    config, known = fast_dit("score.num_timesteps=16"), rates.Rates([])
+    data, cluster = estimate.Data(1000, 1000), hardware.Cluster(0, "", 1, "a core", hardware.HERE)
+    each = {
+        stage: {what: seconds for what, seconds, _ in known.stage(stage, config, data, cluster, 1).parts}["decoding"]
+        for stage in ("score", "reference")
+    }
+    assert each == {"score": pytest.approx(3.5 + 0.9), "reference": pytest.approx(3.5)}
+
+
+def test_measures_take_as_long_as_their_features_are_wide() -> None:
+    def comparing(network: str) -> float:
+        found = rates.Rates([]).stage("evaluate", load(DEBUG, [f"evaluate.network={network}"]), estimate.Data(10_000, 10), CPU, 1)
+        return next(seconds for what, seconds, _ in found.parts if what == "comparing")
+
+    assert comparing("inception") > comparing("dinov2-g") > comparing("efficientnet-lite2") > comparing("dinov2-l") > comparing("dinov2-s")
+
+
+def test_what_cores_do_is_never_taken_of_another_cpu() -> None:
+    """Of a cluster whose cores are not known, it is taken of a machine with its GPU."""
+    entry = {**ENTRY, "what": "start", "shape": "", "host_gpu": "NVIDIA H100 80GB HBM3"}
+    known = rates.Rates([entry])
+    assert known.start(hardware.described("H100")).source == rates.MEASURED
+    assert known.start(hardware.Cluster(1, "NVIDIA H100 80GB HBM3", 8, "a core", hardware.HERE)).source == rates.MEASURED
+    assert known.start(hardware.Cluster(1, "NVIDIA H100 80GB HBM3", 8, "another core", hardware.HERE)).source == rates.PUBLISHED
+
+
+def test_a_dry_run_counts_with_the_trials_that_a_sweep_runs_at_once(debug_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "here", lambda: hardware.Cluster(2, "H100", 16, "a core", hardware.HERE))
+    monkeypatch.setattr(bench, "measured", lambda *given, **named: ([], {}))
+    config = debug_config(
+        "resources.actors=8", "resources.gpus_per_actor=0.25", "sweep.axes={select.budget: [20, 30, 40, 50]}", "sweep.random_twins=false"
+    )
+    assert sweep.forecast(config)["concurrent"] == 2
+    monkeypatch.setattr(hardware, "here", lambda: hardware.Cluster(0, "", 2, "a core", hardware.HERE))
+    assert any(
+        said.startswith("that score takes no time, which is not known: it wants a GPU") for said in sweep.forecast(config)["assumed"]
+    )

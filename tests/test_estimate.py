@@ -3,13 +3,16 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from conftest import DEBUG, ROOT
 
 from d2c_ray import cli, estimate, forecast, hardware, pipeline, rates
 from d2c_ray import plan as plans
-from d2c_ray.config import Config, VisionConfig, arm_configs, load
+from d2c_ray.config import Config, VisionConfig, arm_configs, load, pools
+from d2c_ray.data import tables
+from d2c_ray.distributed import cluster
 from d2c_ray.errors import UserError
 from d2c_ray.estimate import Data
 from d2c_ray.models.transformer import Transformer, TransformerSpec
@@ -316,7 +319,11 @@ def test_every_stage_by_hand() -> None:
         3 * total["rented_gpu_hours"]
     )
     assert {row(found, stage)["source"] for stage in ("score", "train", "sample")} == {"assumed"}
-    assert (row(found, "train")["said"], row(found, "select")["source"]) == ("50% of H100's 989.4 TFLOP/s in bf16", "published")
+    assert row(found, "train")["said"] == "50% of H100's 989.4 TFLOP/s in bf16"
+    assert [(part["what"], part["source"]) for part in row(found, "select")["parts"]] == [
+        ("starting", "assumed"),
+        ("choosing", "published"),
+    ]
     assert found["source_bytes"] == {"bytes": pytest.approx(147_897_477_120), "source": "published", "said": "ImageNet's training set"}
     by_name = forecast.collect(config, forecast.Asked(hardware.described("A100")))
     assert row(by_name, "train")["source"] == "published" and "fast-DiT's README" in row(by_name, "train")["said"]
@@ -372,7 +379,7 @@ def test_what_does_not_fit_is_said_and_what_is_proposed_fits() -> None:
     taken = ["resources.train_workers=16", "train.keep_every=4608000", "resources.actors=9"]
     left, lines = fits(*taken, disk=100e9, cache=15e9)
     assert [problem["what"] for problem in left] == [
-        "resources.train_workers=16", "resources.actors=9", "the memory of a training step", "the run folder", "a node's copy to train from",
+        "resources.actors=9", "resources.train_workers=16", "the memory of a training step", "the run folder", "a node's copy to train from",
     ]  # fmt: skip
     assert any(
         line.startswith("does not fit: resources.train_workers=16 wants 16 GPUs; 8 there are: resources.train_workers=8 would do")
@@ -413,9 +420,125 @@ def test_what_was_planned_is_kept_once_a_stage_has_begun(debug_config) -> None:
     cores = hardware.Cluster(0, "", 2, "a core", hardware.AT_HAND)
     first = forecast.planned(plan, nodes, cores, 2)
     assert set(first) == {node.name for node in nodes} - {score.name}
-    assert first[train.name]["source"] == "published" and first[train.name]["images"] == 512
+    assert first[train.name]["source"] == "assumed", "starting is most of it, and fitted"
+    assert first[train.name]["images"] == 512
     write_json(plan.folder / "plan.json", {"planned": first})
     train.folder.mkdir()
     later = forecast.planned(plan, nodes, hardware.Cluster(8, "H100", 64, "a core", hardware.AT_HAND), 8)
     assert later[train.name] == first[train.name] and score.name not in later
     assert later[plan.of("sample")[0].name]["device"] == "H100"
+
+
+def test_what_waits_for_gpus_that_come_on_demand_is_not_known(debug_config) -> None:
+    """Planned on the one core of a head node, it would take years, and that would stand beside what it took for good."""
+    config = debug_config("resources.autoscaling=true", "resources.actors=8", "resources.gpus_per_actor=1", "resources.train_workers=2")
+    pipeline.run(config, "manifest", say=lambda text: None)
+    head = hardware.Cluster(0, "", 1, "a core", hardware.AT_HAND)
+    found = forecast.collect(config, forecast.Asked(head))
+    unknown = {one["stage"] for one in found["stages"] if one["seconds"] is None and not one["done"]}
+    assert unknown == {"teacher", "score", "attach", "train", "sample", "reference", "evaluate"} == set(found["total"]["not_known"])
+    assert row(found, "train")["device"] == "GPU" and row(found, "select")["seconds"] > 0
+    text = "\n".join(printed.lines(found))
+    assert "in all: not known" in text and "GPUs that come on demand, --gpus says" in text and "does not fit" not in text
+    plan = plans.make(config)
+    write_json(plan.folder / "plan.json", {"planned": {plan.of("train")[0].name: {"seconds": 1e7}}})  # of another cluster, and not begun
+    kept = forecast.planned(plan, [node for node in plan.nodes if node.stage != "manifest"], head, 8)
+    assert set(kept) == {plan.of("select")[0].name}
+    as_described = forecast.collect(config, forecast.Asked(hardware.described("8xH100")))
+    assert not as_described["total"]["not_known"]
+
+
+def test_a_manifest_is_read_a_part_at_a_time_and_by_a_run_not_at_all(debug_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lengths alone take 80 GB of ten billion images."""
+    config = debug_config()
+    pipeline.run(config, "manifest", say=lambda text: None)
+    plan = plans.make(config)
+    (manifest,) = plan.of("manifest")
+    lengths = []
+    for number, values in enumerate(([100, 200], [300, 600, 300])):
+        tables.write(manifest.folder / f"part-{number:06d}.parquet", pa.table({"length": values}), {})
+        lengths += values
+    for stale in set(manifest.dir.parts()) - {manifest.folder / f"part-{number:06d}.parquet" for number in range(2)}:
+        stale.unlink()
+    read: list[object] = []
+    monkeypatch.setattr(tables, "read", lambda paths, columns=None, own=tables.read: read.append(paths) or own(paths, columns))
+    facts, each = forecast._manifest(plan)
+    assert facts is not None and (facts["rows"], each) == (120, sum(lengths) / 5)
+    assert read == manifest.dir.parts()
+    read.clear()
+    forecast.planned(
+        plan, [node for node in plan.nodes if node.stage != "manifest"], hardware.Cluster(0, "", 2, "a core", hardware.AT_HAND), 2
+    )
+    assert not read
+    tables.write(manifest.folder / "part-000001.parquet", pa.table({"length": [-1]}), {})
+    assert forecast._manifest(plan)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "words"),
+    [
+        ([(2.0, 0.0)], ["resources.actors=2"], "resources.actors=2 wants 3 CPUs, one of them to decode on; 2 there are: resources.actors=1 would do"),
+        ([(8.0, 1.0)], ["resources.actors=2"], "resources.actors=2 wants 2 GPUs; 1 there are: resources.actors=1 would do"),
+        ([(1.0, 2.0), (8.0, 0.0)], ["resources.actors=2"], "resources.actors=2 wants 2 places of 1 CPU and 1 GPU; 1 there are: resources.actors=1 would do"),
+        ([(1.0, 1.0)], ["resources.actors=1"], "resources.actors=1 wants 2 CPUs, one of them to decode on; 1 there are: a larger cluster would do"),
+        ([(4.0, 0.0)], ["resources.actors=1", "resources.train_workers=5", "train.batch_size=80"], "resources.train_workers=5 wants 5 CPUs; 4 there are: resources.train_workers=4"),
+        ([(4.0, 0.0)], ["resources.actors=1", "resources.train_gpus=1"], "resources.train_workers=1 wants 1 GPUs; 0 there are: resources.train_gpus=0 would do"),
+        ([(4.0, 0.0)], ["resources.gpus_per_actor=1", "resources.train_gpus=0"], "resources.actors=1 wants 1 GPUs; 0 there are: resources.gpus_per_actor=0 would do"),
+        ([(3.0, 0.0)], ["attach.also={more: {encoder: efficientnet-lite0, image_size: 64}, third: {encoder: efficientnet-lite0, image_size: 32}}", "resources.encoders_apart=true"], "resources.actors=3 (a pool for each of 3 encoders) wants 4 CPUs"),
+        ([(3.0, 0.0)], ["resources.actors=2"], ""), ([(2.0, 1.0), (2.0, 1.0)], ["resources.actors=2"], ""), ([(4.0, 0.0)], [], ""),
+        ([(4.0, 1.0)], ["resources.train_workers=8", "resources.train_workers_min=1", "train.batch_size=128"], ""),
+        ([(1.0, 0.0)], ["resources.actors=8", "resources.gpus_per_actor=1", "resources.autoscaling=true"], ""),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_what_a_run_refuses(nodes: list, overrides: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is proposed is what it then takes."""
+    gpus = int(sum(count for _, count in nodes))
+    monkeypatch.setattr(cluster, "nodes", lambda: nodes)
+    monkeypatch.setattr(cluster, "total_gpus", lambda: gpus)
+    there = hardware.Cluster(
+        gpus, "H100" if gpus else "", max(1, int(sum(cpus for cpus, _ in nodes)) - 2), "a core", hardware.AT_HAND, nodes=tuple(nodes)
+    )
+
+    def refused(config: Config) -> bool:
+        try:
+            cluster.preflight(config.resources, pools(config))
+        except UserError:
+            return True
+        return False
+
+    found = forecast.collect(load(DEBUG, overrides), forecast.Asked(there))
+    assert bool(found["problems"]) == bool(words) == refused(load(DEBUG, overrides))
+    assert not words or any(line.startswith(f"does not fit: {words}") for line in printed.lines(found))
+    if words and "a larger cluster" not in words:
+        mended = load(DEBUG, [*overrides, *(change for problem in found["problems"] for change in problem["would"])])
+        assert not refused(mended) and not forecast.collect(mended, forecast.Asked(there))["problems"]
+
+
+def test_a_local_ray_is_asked_for_what_it_will_have() -> None:
+    here = hardware.Cluster(0, "", 2, "a core", hardware.HERE)
+    assert here.places(load(DEBUG).resources) == 2 and not forecast.collect(load(DEBUG), forecast.Asked(here))["problems"]
+    for overrides, fits in (
+        (["resources.actors=3"], True),
+        (["resources.actors=4"], False),
+        (["resources.actors=3", "resources.num_cpus=3"], False),
+        (["resources.num_cpus=9"], True),
+    ):
+        config = load(DEBUG, overrides)
+        assert bool(forecast.collect(config, forecast.Asked(here))["problems"]) != fits, overrides
+    assert here.places(config.resources) == 7
+
+
+def test_what_a_run_refuses_of_batch_and_budget_is_refused(debug_config) -> None:
+    with pytest.raises(UserError, match=r"train.batch_size=32 is 2 blocks of 16 images, too few for 4 workers"):
+        forecast.collect(load(DEBUG, ["resources.train_workers=4"]), forecast.Asked(hardware.described("8xH100")))
+    config = debug_config("select.budget=5")
+    pipeline.run(config, "manifest", say=lambda text: None)
+    with pytest.raises(UserError, match="5 images of 10 classes, under one a class"):
+        forecast.collect(config)
+
+
+def test_trainings_take_the_gpus_whatever_actors_there_are() -> None:
+    two = hardware.Cluster(2, "H100", 16, "a core", hardware.HERE)
+    actors = ["resources.actors=8", "resources.gpus_per_actor=0.25"]
+    assert [two.trainings(load(DEBUG, more).resources) for more in ([], actors, [*actors, "resources.train_gpus=0"])] == [2, 2, 8]
+    assert hardware.Cluster(0, "", 4, "a core", hardware.HERE).trainings(load(DEBUG).resources) == 4

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
@@ -17,9 +17,7 @@ from d2c_ray import logs
 from d2c_ray.config import ResourcesConfig
 from d2c_ray.distributed import telemetry
 from d2c_ray.errors import UserError
-from d2c_ray.hardware import AT_HAND, Cluster, cores, cpu_name
-
-LIGHT_CPUS = 2  # logical CPUs of a local Ray beyond the cores: decode tasks and drivers next to busy actors
+from d2c_ray.hardware import AT_HAND, LIGHT_CPUS, Cluster, cores, cpu_name, decode_cpus, lacking, room
 
 # Of tasks and actors: anywhere in the cluster. By default those that a trial of a sweep starts would have to fit into its own place,
 # which is for its driver alone.
@@ -151,8 +149,13 @@ def disconnect() -> None:
 
 def at_hand() -> Cluster:
     """What the connected Ray has, as plans describe it; its cores are taken to be like the driver's."""
-    total = int(ray.cluster_resources().get("CPU", 1))
-    return Cluster(total_gpus(), gpu_name(), max(1, total - LIGHT_CPUS), cpu_name(), AT_HAND)
+    return replace(_cluster(), gpu=gpu_name(), cpu=cpu_name())
+
+
+def _cluster() -> Cluster:
+    """The connected Ray's nodes, without the names of what they have."""
+    alive = nodes()
+    return Cluster(total_gpus(), "", max(1, int(sum(cpus for cpus, _ in alive)) - LIGHT_CPUS), "", AT_HAND, nodes=tuple(alive))
 
 
 def total_gpus() -> int:
@@ -168,10 +171,8 @@ def gpu_name() -> str:
 
 
 def train_on_gpus(resources: ResourcesConfig) -> bool:
-    """Whether trainings run on GPUs: as resources.train_gpus says, else if the cluster has any or actors wait for some."""
-    if resources.train_gpus >= 0:
-        return resources.train_gpus > 0
-    return _gpus_per_actor(resources) > 0 or total_gpus() > 0
+    """As `Cluster.trains_on_gpus`, of the connected Ray."""
+    return _cluster().trains_on_gpus(resources)
 
 
 def training_waits_for(workers: int, on_gpus: bool) -> str:
@@ -183,39 +184,25 @@ def training_waits_for(workers: int, on_gpus: bool) -> str:
 
 
 def places(resources: ResourcesConfig) -> int:
-    """How many actors or training workers run at once: one a GPU, or one a core where there are no GPUs."""
-    if resources.actors:
-        return resources.actors
-    gpus, per_actor = total_gpus(), _gpus_per_actor(resources)
-    if per_actor > 0:
-        return max(1, int(gpus / per_actor))
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) - LIGHT_CPUS)
+    """As `Cluster.places`, of the connected Ray."""
+    return _cluster().places(resources)
+
+
+def trainings(resources: ResourcesConfig) -> int:
+    """As `Cluster.trainings`, of the connected Ray."""
+    return _cluster().trainings(resources)
 
 
 def share(resources: ResourcesConfig, actors: int) -> Share:
     """What a stage that got `actors` places may use."""
     least = min(resources.min_actors or actors, actors)
-    return Share(actors, _gpus_per_actor(resources), resources.rows_per_task, resources.threads, least, resources.autoscaling)
-
-
-def _gpus_per_actor(resources: ResourcesConfig) -> float:
-    return resources.gpus_per_actor if resources.gpus_per_actor >= 0 else float(total_gpus() > 0)
+    return Share(actors, _cluster().gpus_per_actor(resources), resources.rows_per_task, resources.threads, least, resources.autoscaling)
 
 
 def nodes() -> list[tuple[float, float]]:
     """(CPUs, GPUs) of every node that is alive."""
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(float(node.get("CPU", 0)), float(node.get("GPU", 0))) for node in found]
-
-
-def room(nodes: list[tuple[float, float]], gpus_per_actor: float) -> int:
-    """How many actors of one CPU and `gpus_per_actor` the nodes hold, none of them split over two nodes."""
-    return sum(min(int(cpus), int(gpus / gpus_per_actor + 1e-9)) if gpus_per_actor else int(cpus) for cpus, gpus in nodes)
-
-
-def decode_cpus(nodes: list[tuple[float, float]], actors: int, gpus_per_actor: float) -> int:
-    """Whole CPUs left for decode tasks once the actors are placed."""
-    return sum(int(cpus) for cpus, _ in nodes) - min(actors, room(nodes, gpus_per_actor))
 
 
 def waiting_for(share: Share) -> str:
@@ -241,34 +228,5 @@ def preflight(resources: ResourcesConfig, pools: int = 1) -> None:
     Raises:
         UserError: names what is wanted, what there is, and the knob.
     """
-    if resources.autoscaling:
-        return
-    alive = nodes()
-    cpus, gpus = sum(cpu for cpu, _ in alive), float(total_gpus())
-    wanted = share(resources, max(pools, places(resources)))
-    held = room(alive, wanted.gpus_per_actor)
-    grows = "With nodes that come on demand, resources.autoscaling=true waits for them."
-    if wanted.actors * wanted.gpus_per_actor > gpus:
-        raise UserError(
-            f"resources.actors={wanted.actors}{f' (a pool for each of {pools} encoders)' if pools > places(resources) else ''} with resources.gpus_per_actor={wanted.gpus_per_actor} want {wanted.actors * wanted.gpus_per_actor:g} GPUs; the cluster has {gpus:g}. {grows}"
-        )
-    if wanted.gpus_per_actor and wanted.actors > held:
-        raise UserError(
-            f"resources.actors={wanted.actors} of 1 CPU and {wanted.gpus_per_actor:g} GPU each do not fit on the nodes ({_listed(alive)}), which hold {held}. "
-            f"resources.actors={held} would do. {grows}"
-        )
-    if wanted.actors > held or decode_cpus(alive, wanted.actors, wanted.gpus_per_actor) < 1:
-        raise UserError(
-            f"{wanted.actors} actors of one CPU and one free CPU for decoding want {wanted.actors + 1} CPUs; Ray has {cpus:g} ({_listed(alive)}). "
-            f"resources.actors={max(1, int(cpus) - 1)}, or more logical CPUs (resources.num_cpus={wanted.actors + 1} on a local Ray), would do. {grows}"
-        )
-    on_gpus = train_on_gpus(resources)
-    have, what = (gpus, "GPUs") if on_gpus else (cpus, "CPUs")
-    for knob, workers in (("train_workers", resources.train_workers), ("teacher_workers", resources.teacher_workers)):
-        if min(workers, resources.train_workers_min or workers) > have:  # an elastic training starts with what there is
-            ways = f" resources.train_gpus=0 trains on CPUs. {grows}" if on_gpus else ""
-            raise UserError(f"resources.{knob}={workers} wants {workers} {what}; the cluster has {have:g}.{ways}")
-
-
-def _listed(alive: list[tuple[float, float]]) -> str:
-    return ", ".join(f"{cpus:g} CPU" + (f" {gpus:g} GPU" if gpus else "") for cpus, gpus in alive[:8]) + (" ..." if len(alive) > 8 else "")
+    for lack in lacking(_cluster(), resources, pools):
+        raise UserError(lack.refusal)

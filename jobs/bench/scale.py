@@ -4,6 +4,7 @@
 
 source     Parquet files of 100,000 images of a pixel each, 1,000 classes; not measured
 manifest   the plan with the source's fingerprint, the stage itself, and the same command again
+bytes      the mean bytes of an image, for which `d2c plan` reads the finished manifest (of Parquet none are known, and its first part says so)
 scores     the shard ledger fed with made-up errors, a shard a time: 16 levels an image, no Ray and no model
 again      the ledger opened once more, as by the same command, and what the finished table says of itself
 select     1 % by `interval`, from the score parts to the selection
@@ -34,7 +35,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from d2c_ray import pipeline, plan, schema
+from d2c_ray import forecast, pipeline, plan, schema
 from d2c_ray.config import SelectConfig, from_dict
 from d2c_ray.data import tables
 from d2c_ray.data.decode import encode_png
@@ -47,7 +48,7 @@ from d2c_ray.stages.select import select
 
 CLASSES, LEVELS, ROWS_A_FILE, THREADS = 1000, 16, 100_000, 2
 SIZES, QUICK = (1_000_000, 10_000_000), (100_000, 500_000)
-PARTS = ("plan", "manifest", "again", "scores", "reopened", "summary", "select", "chosen")
+PARTS = ("plan", "manifest", "again", "bytes", "scores", "reopened", "summary", "select", "chosen")
 DISKS = ("source", "manifest", "scores", "selection")
 
 
@@ -95,6 +96,8 @@ def drive(root: Path, rows: int) -> None:
         (node,) = pipeline.run(config, "manifest", say=lambda text: None).of("manifest")
     with timed("again"):
         pipeline.run(config, "manifest", say=lambda text: None)
+    with timed("bytes"):
+        forecast._manifest(plan.make(config, "manifest"))
     facts = node.dir.success()["facts"]
     assert facts["rows"] == rows and len(facts["class_names"]) == CLASSES
     out = root / "scores"
