@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from d2c_ray import estimate, hardware, pipeline, rates
+from d2c_ray import estimate, hardware, rates
 from d2c_ray import plan as plans
 from d2c_ray.config import Config, arm_configs, from_dict, merged, pools, to_dict
 from d2c_ray.data import tables
@@ -28,6 +28,7 @@ from d2c_ray.models import offline
 from d2c_ray.plan import Node, Plan
 from d2c_ray.rates import Rates, Time
 from d2c_ray.report import gather
+from d2c_ray.schedule import WORKERS_OF, starting
 from d2c_ray.selection import rank
 from d2c_ray.training.batches import BLOCK
 
@@ -328,17 +329,11 @@ def schedule(nodes: list[Node], seconds: Callable[[Node, int], float], slots: in
     running: list[tuple[float, Node]] = []
     todo, free = {node.name for node in nodes}, slots
     while waiting or running:
-        ready = pipeline.in_turn(
-            node for node in waiting if all(given.name in ended or given.name not in todo for given in node.inputs.values())
-        )
-        for index, node in enumerate(ready):
-            unfinished = [*waiting, *(one for _, one in running)]
-            wanted = 1 if node.stage == "manifest" else pipeline.places(node, free, ready[index + 1 :], unfinished)
-            if wanted <= free or not running:
-                free -= wanted
-                waiting.remove(node)
-                shares[node.name] = wanted
-                running.append((now + seconds(node, wanted), node))
+        for node, share in starting(waiting, [one for _, one in running], free, lambda node: node.name in ended or node.name not in todo):
+            free -= share
+            waiting.remove(node)
+            shares[node.name] = share
+            running.append((now + seconds(node, share), node))
         now = min(end for end, _ in running)
         for _, node in [one for one in running if one[0] == now]:
             ended.add(node.name)
@@ -424,7 +419,7 @@ def _memory(whole: Resolved, cluster: Cluster, datas: dict[str, Data]) -> list[d
             memory = cluster.gpu_bytes or hardware.memory_bytes(device.name)
             limits[what] = memory * min(1.0, each) if memory else None
         else:  # shared by as many as work there
-            knob = pipeline.WORKERS_OF.get(stage)
+            knob = WORKERS_OF.get(stage)
             side = getattr(config.resources, knob) if knob else cluster.places(config.resources)
             memory = hardware.host_memory() if cluster.how == hardware.HERE else None
             limits[what] = memory / side if memory else None

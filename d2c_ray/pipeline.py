@@ -7,8 +7,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -24,11 +24,11 @@ from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
 from d2c_ray.repeating import repeating
 from d2c_ray.rundir import PLAN, STATUS, Lock, maker, now, versions, write_json, write_text
+from d2c_ray.schedule import starting
 
 ON_RAY = {"teacher", "score", "embed", "attach", "train", "sample", "unguided", "reference", "evaluate"}
 HEARTBEAT_SEC = 10.0  # between two signs of life in status.json
 MOST_NAMED = 4  # arms whose names are said; of more their number
-WORKERS_OF = {"train": "train_workers", "teacher": "teacher_workers"}
 Say = Callable[[str], None]
 
 
@@ -150,14 +150,13 @@ def run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
 
 def _schedule(waiting: list[Node], running: dict["Future[float]", tuple[Node, int]], free: int, status: "Status", say: Say) -> None:
     while waiting or running:
-        ready = in_turn(node for node in waiting if all(given.dir.done for given in node.inputs.values()))
-        for index, node in enumerate(ready):
-            wanted = places(node, free, ready[index + 1 :], [*waiting, *(one for one, _ in running.values())])
-            # What wants more places than there are runs alone rather than never.
-            if wanted <= free or not running:
-                free -= wanted
-                waiting.remove(node)
-                running[_in_thread(partial(run_node, node, wanted, status))] = (node, wanted)
+        for node, share in starting(waiting, [one for one, _ in running.values()], free, lambda node: node.dir.done):
+            free -= share
+            waiting.remove(node)
+            running[_in_thread(partial(run_node, node, share, status))] = (node, share)
+        if not running:
+            raise RuntimeError(f"none of these can start: {', '.join(node.name for node in waiting)}")
+        wait(running, return_when=FIRST_COMPLETED)
         for future in [future for future in running if future.done()]:
             node, share = running.pop(future)
             free += share
@@ -167,7 +166,6 @@ def _schedule(waiting: list[Node], running: dict["Future[float]", tuple[Node, in
             if node.stage in ("select", "evaluate"):
                 for notice in node.dir.success()["facts"].get("notices", []):
                     say(f"{_title(node, status)}: {notice}")
-        time.sleep(0.05)
 
 
 def _abandon(running: list["Future[float]"], seconds: float) -> None:
@@ -175,47 +173,6 @@ def _abandon(running: list["Future[float]"], seconds: float) -> None:
     if running:
         disconnect()
         wait(running, timeout=seconds)
-
-
-def workers(node: Node) -> int:
-    """Places a training takes; 0 for a stage that takes what it gets."""
-    knob = WORKERS_OF.get(node.stage)
-    return getattr(node.config.resources, knob) if knob else 0
-
-
-def in_turn(ready: Iterable[Node]) -> list[Node]:
-    """Stages that could start, those last that nothing waits for but the measuring at the end."""
-    return sorted(ready, key=_patient)
-
-
-def places(node: Node, free: int, behind: list[Node], unfinished: list[Node]) -> int:
-    """The places that a stage gets which could start.
-
-    What the students wait for shares them evenly. A stage that only the measuring waits for takes the fewest meanwhile: it would keep
-    those that nobody happens to use at the moment, as while a teacher is looked at, from the long stages that follow.
-
-    Args:
-        free: places that nobody has. behind: the stages after it, of those that could start. unfinished: all stages that wait or run.
-    """
-    if workers(node):
-        return workers(node)
-    if _patient(node) and any(other.name != node.name and node.name not in _names(other) for other in unfinished):
-        return least(node)
-    patient = sum(map(_patient, behind))
-    return max(least(node), (free - patient) // (1 + len(behind) - patient))
-
-
-def _patient(node: Node) -> bool:
-    return node.stage == "reference"
-
-
-def _names(node: Node) -> list[str]:
-    return [given.name for given in node.inputs.values()]
-
-
-def least(node: Node) -> int:
-    """The fewest places a stage can work on: pools one behind the other want an actor each, or two stages wait for each other's."""
-    return pools(node.config) if node.stage == "attach" else 1
 
 
 def _title(node: Node, status: "Status") -> str:

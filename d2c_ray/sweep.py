@@ -39,6 +39,7 @@ from d2c_ray.report import gather, outcomes
 from d2c_ray.report import sweep as report
 from d2c_ray.report.outcomes import DONE, FAILED, RUNNING, STOPPED, WAITING
 from d2c_ray.rundir import PROGRESS, Lock, StageDir, write_json, write_text
+from d2c_ray.schedule import least, workers
 from d2c_ray.trials import Trial
 
 OWN = ("train", "sample", "unguided", "evaluate")  # stages that a trial runs; all others are made before
@@ -338,7 +339,7 @@ def _run_nodes(config: Config, upto: str, context: Context) -> dict[str, Node]:
     status = pipeline.Status(plan, record=False)
     for node in plan.needed(upto):
         if not node.dir.done:
-            pipeline.run_node(node, pipeline.workers(node) or max(pipeline.least(node), context.places), status)
+            pipeline.run_node(node, workers(node) or max(least(node), context.places), status)
     return plan.arms["student"]
 
 
@@ -460,7 +461,7 @@ def forecast(config: Config) -> dict[str, Any]:
     assumed += [f"{what}, as it could not be measured: {why}" for what, why in missing.items()]
 
     def seconds_of(node: Node, of: estimate.Data) -> float:
-        share = pipeline.workers(node) or (places if node.stage not in OWN else max(1, places // concurrent))
+        share = workers(node) or (places if node.stage not in OWN else max(1, places // concurrent))
         found = pace.stage(node.stage, node.config, of, here, share)
         if found.seconds is None:
             assumed.append(f"that {node.stage} takes no time, which is not known: {found.by.said}")
