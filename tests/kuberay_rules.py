@@ -211,6 +211,9 @@ def _pod(name: str, template: Spec, ray_version: str) -> Iterator[str]:
         yield f"{name}: /dev/shm is no memory volume"
     elif not OBJECT_STORE * _bytes(container["resources"]["limits"]["memory"]) <= _bytes(memory.get("sizeLimit", "0")):
         yield f"{name}: /dev/shm does not hold the object store"
+    disks = [each["emptyDir"] for each in pod.get("volumes", []) if "emptyDir" in each and each["emptyDir"].get("medium") != "Memory"]
+    if sum(_bytes(each.get("sizeLimit", "0")) for each in disks) > _bytes(container["resources"]["limits"].get("ephemeral-storage", "0")):
+        yield f"{name}: its node need not have the disk that it may fill"
     if "persistentVolumeClaim" not in volumes.get(mounted.get("/shared", ""), {}):
         yield f"{name}: does not see the run folders"
     for probe in ("livenessProbe", "readinessProbe"):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_the_renderer_refuses_what_it_does_not_do(old: str, new: str, tmp_path: 
     [
         ("my-registry/d2c-ray", "else.where/its-image", OVERLAYS),
         ("0.1.0-ray2.60.0", "0.2.0-ray2.60.0", OVERLAYS),
-        ("bucket=my-bucket", "bucket=their-bucket", OVERLAYS),
+        ("bucket=my-bucket", "bucket=their-bucket", JOBS),
         ("gpu=h100", "gpu=h200", OVERLAYS),
         ("namespace: d2c", "namespace: their-own", (*OVERLAYS, "storage")),
         ("queue=d2c", "queue=their-queue", JOBS),
@@ -383,7 +384,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("dev", {"spec.autoscalerOptions": ABSENT}, "autoscaler: not v2"),
     ("dev", {"spec.autoscalerOptions.env": ABSENT}, "autoscaler: a group whose"),
     ("pipeline", {"spec.rayClusterSpec.autoscalerOptions.env.0.value": "3600"}, "autoscaler: a group whose"),
-    ("pipeline", {f"{HEAD}.template.spec.containers.0.env.3": {"name": "RAY_enable_autoscaler_v2", "value": "1"}}, "autoscaler: version and"),
+    ("pipeline", {f"{HEAD}.template.spec.containers.0.env.2": {"name": "RAY_enable_autoscaler_v2", "value": "1"}}, "autoscaler: version and"),
     ("pipeline", {f"{HEAD}.template.spec.restartPolicy": "Always"}, "head: restartPolicy"),
     ("pipeline", {f"{POD}.restartPolicy": "OnFailure"}, "gpu-spot: restartPolicy"),
     ("pipeline", {f"{HEAD}.resources": {"CPU": "0"}}, "head: resources both"),
@@ -420,6 +421,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("pipeline", {f"{POD}.containers.0.volumeMounts": ABSENT}, "gpu-spot: /dev/shm is no"),
     ("pipeline", {f"{POD}.volumes.1.emptyDir.sizeLimit": "1Gi"}, "gpu-spot: /dev/shm does not hold"),
     ("pipeline", {f"{POD}.volumes.0": {"name": "shared", "emptyDir": {}}}, "gpu-spot: does not see"),
+    ("pipeline", {f"{POD}.volumes.2.emptyDir.sizeLimit": "1Ti"}, "gpu-spot: its node"),
+    ("dev", {"spec.workerGroupSpecs.2.template.spec.containers.0.resources.limits.ephemeral-storage": ABSENT}, "gpu-on-demand: its node"),
     ("pipeline", {f"{POD}.terminationGracePeriodSeconds": 60}, "gpu-spot: killed before"),
     ("dev", {"spec.headGroupSpec.template.spec.terminationGracePeriodSeconds": ABSENT}, "head: killed before"),
     ("pipeline", {f"{HEAD}.template.metadata.labels": {"app.kubernetes.io/name": "mine"}}, "head: app.kubernetes.io/name is KubeRay's"),
@@ -849,3 +852,34 @@ def test_the_commands_help_submits_what_a_cluster_without_packages_of_weights_ca
     assert job.metadata["run"].startswith("/shared/runs/") and loaded.data.path.startswith("s3://")
     assert loaded.attach.text.encoder != "minilm"
     assert loaded.resources.autoscaling is False or loaded.resources.actors
+
+
+def test_the_queue_has_room_for_every_job(rendered: dict[str, Manifest]) -> None:
+    """Kueue admits no job that asks for a resource its queue does not cover, or for more than its quota."""
+    flavor, cluster_queue, local = yaml.load_all((CLUSTER / "kueue" / "queue.yaml").read_text(), kustomize.LOADER)
+    (group,) = cluster_queue["spec"]["resourceGroups"]
+    (given,) = group["flavors"]
+    assert given["name"] == flavor["metadata"]["name"] and local["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    assert group["coveredResources"] == [each["name"] for each in given["resources"]]
+    quota = {each["name"]: quantity(each["nominalQuota"]) for each in given["resources"]}
+    for name in JOBS:
+        job = rendered[f"{name}-queued"]
+        assert (local["metadata"]["name"], local["metadata"]["namespace"]) == (
+            job["metadata"]["labels"][QUEUE],
+            job["metadata"]["namespace"],
+        )
+        spec, wanted = cluster_of(job), Counter()
+        pods = [(job["spec"]["submitterPodTemplate"], 1), (spec["headGroupSpec"]["template"], 1)]
+        pods += [(each["template"], each["replicas"]) for each in spec["workerGroupSpecs"]]
+        for pod, number in pods:
+            for resource, value in pod["spec"]["containers"][0]["resources"]["requests"].items():
+                wanted[resource] += number * quantity(value)
+        assert all(quota.get(resource, 0) >= value for resource, value in wanted.items()), (name, wanted)
+
+
+def quantity(value: str | float) -> float:
+    """Of Kubernetes: 500m, 16Gi, 8."""
+    text = str(value)
+    units = {"m": 1e-3, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+    unit = next((unit for unit in units if text.endswith(unit)), "")
+    return float(text.removesuffix(unit)) * units.get(unit, 1)
