@@ -11,6 +11,7 @@ import json
 import os
 import struct
 import tarfile
+import time
 import tracemalloc
 import zipfile
 import zlib
@@ -26,8 +27,8 @@ from PIL import EpsImagePlugin, Image
 from test_manifest import LOCAL, picture, scan
 from test_tar import pack, walked
 
-from d2c_ray import config, errors
-from d2c_ray.config import DataConfig, StorageConfig
+from d2c_ray import config, errors, tracking
+from d2c_ray.config import DataConfig, StorageConfig, TrackingConfig
 from d2c_ray.data import export, image_sets, manifest, reference_stats, samples, storage, tables, units
 from d2c_ray.data.decode import Undecodable, decode
 from d2c_ray.errors import UserError
@@ -497,6 +498,100 @@ def test_no_field_takes_a_password(field: str) -> None:
         config.load(None, [f"{field}=https://user:{MARK}@host:9000/x"])
     assert MARK not in str(raised.value)
     assert raised.value.__cause__ is None
+
+
+HIDDEN = {
+    "http://user:M@127.0.0.1:1: refused": "http://***@127.0.0.1:1: refused", "https://M@host/x": "https://***@host/x", "user:M@host:9000": "***@host:9000",
+    "http://user:p@M@host": "http://***@host", "http://user:M/x@host": "http://***@host", "a://b/?x=1&token=M&y=2": "a://b/?x=1&token=***&y=2",
+    "x://y?X-Amz-Signature=M": "x://y?X-Amz-Signature=***", "/blob?sv=1&sig=M": "/blob?sv=1&sig=***", "{'Authorization': 'Basic M'}": "{'Authorization': 'Basic ***'}",
+    "url: https:/u:M@h (Caused by ProxyError('https://u:M@h'))": "url: ***@h (Caused by ProxyError('https://***@h'))",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HIDDEN)
+def test_what_libraries_say_is_shown_without_credentials(text: str) -> None:
+    assert errors.redacted(text.replace("M", MARK)) == HIDDEN[text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/a@2x.jpg",
+        "/data/me@home/x",
+        "a photo of {name}: 5@6",
+        "tokens=16",
+        "x@y.org",
+        "pad_token='<pad>'",
+        "design=3",
+        "12:30:45 w.tar#x@2x",
+    ],
+)
+def test_what_is_no_credential_is_shown_as_it_is(text: str) -> None:
+    assert errors.redacted(text) == text
+
+
+def test_hiding_takes_no_time_that_grows_with_the_square() -> None:
+    for text in ("a:" * 100_000 + "@", "://" * 100_000 + "@", "token" * 60_000 + "=", "!" * 200_000 + ":@", "?" * 200_000 + "="):
+        start = time.process_time()
+        errors.redacted(text)
+        assert time.process_time() - start < 10
+
+
+def test_an_endpoint_of_the_environment_is_held_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:{MARK}@127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    options = StorageConfig(region="us-east-1", attempts=1, timeout_sec=2.0)
+    storage._client.cache_clear()
+    with pytest.raises(UserError, match="AWS_ENDPOINT_URL") as raised:
+        storage.read_all("s3://pictures/x", options)
+    assert MARK not in str(raised.value)
+    storage._client.cache_clear()
+
+
+def test_a_tracker_that_fails_says_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*given: object) -> None:
+        raise ConnectionError(f"Max retries exceeded with url: http://user:{MARK}@127.0.0.1:1/api?token={MARK}")
+
+    monkeypatch.setitem(tracking.TRACKERS, "mlflow", (refused, "mlflow"))
+    tracking.Trackers(TrackingConfig(mlflow="x"), tmp_path, "name", "id", {})
+    told = capsys.readouterr().err
+    assert "tracking.mlflow failed" in told and "127.0.0.1:1" in told
+    assert MARK not in told
+
+
+PRIVATE = [
+    ".env", ".env.local", "prod.env", ".netrc", ".git-credentials", ".pypirc", ".npmrc", ".ray/auth_token", ".aws/credentials", ".ssh/id_rsa", ".kube/config",
+    ".docker/config.json", ".config/gcloud/application_default_credentials.json", ".huggingface/token", ".cache/huggingface/token", "id_rsa", "id_ed25519.pub",
+    "deep/er/key.pem", "tls.key", "credentials.json", "secrets.yaml", ".s3cfg", ".boto", ".mlflow/credentials",
+]  # fmt: skip
+
+
+def test_what_is_private_in_a_folder_is_not_uploaded(tmp_path: Path) -> None:
+    from d2c_ray.distributed import submit
+
+    for name in (*PRIVATE, "my.yaml", "package/keys.py", "id_map.py", "config.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert sorted(submit.uploaded(tmp_path, [*submit.EXCLUDES])) == ["config.yaml", "id_map.py", "my.yaml", "package/keys.py"]
+
+
+def test_no_home_folder_is_uploaded_and_no_credential_sent_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from d2c_ray.distributed import submit
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text(f"run: {{dir: {tmp_path / 'runs'}}}\n")
+    for folder in (str(tmp_path), "/", "~"):
+        with pytest.raises(UserError, match="what is private in it"):
+            submit.prepare(str(tmp_path / "my.yaml"), [], "run", folder, [], [])
+    with pytest.raises(UserError, match="--metadata holds") as raised:
+        submit.prepare(str(tmp_path / "my.yaml"), [], "run", "/", [], [f"from=https://user:{MARK}@host"])
+    assert MARK not in str(raised.value)
+    for address, where in ((f"http://user:{MARK}@127.0.0.1:1", "--address holds"), ("", "as the environment gives it, holds")):
+        monkeypatch.setenv("RAY_ADDRESS", f"http://user:{MARK}@127.0.0.1:1")
+        with pytest.raises(UserError, match=where) as raised, submit._refused(address):
+            pass
+        assert MARK not in str(raised.value)
 
 
 def test_a_proxy_that_does_not_answer_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
