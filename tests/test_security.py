@@ -30,7 +30,7 @@ from test_tar import pack, walked
 from d2c_ray import config, errors, tracking
 from d2c_ray.config import DataConfig, StorageConfig, TrackingConfig
 from d2c_ray.data import export, image_sets, manifest, reference_stats, samples, storage, tables, units
-from d2c_ray.data.decode import Undecodable, decode
+from d2c_ray.data.decode import Undecodable, decode, decode_whole
 from d2c_ray.errors import UserError
 from d2c_ray.models import hub
 
@@ -402,6 +402,21 @@ def test_chunks_of_a_png_do_not_unpack_without_end(kind: bytes, head: bytes) -> 
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I", "TIFF"), ("F", "TIFF")])
+def test_images_of_more_than_8_bits_take_no_many_times_their_size(mode: str, kind: str) -> None:
+    values = (np.arange(2000 * 1500).reshape(2000, 1500) % 65_536).astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, kind)
+    tracemalloc.start()
+    pixels = decode_whole(out.getvalue(), 10**8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    whole = np.asarray(values, np.float64)  # all at once, as the definition says it
+    top = 65_535.0 if mode.startswith("I") else float(whole.max())
+    assert np.array_equal(pixels[..., 0], (np.clip(whole / top, 0.0, 1.0) * 255.0).round().astype(np.uint8))
+    assert peak < 14 * values.size + (24 << 20)
 
 
 def test_a_frame_larger_than_its_file_says_is_a_bomb() -> None:
