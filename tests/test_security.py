@@ -473,6 +473,51 @@ def test_a_table_that_unpacks_to_far_more_than_it_holds(tmp_path: Path, monkeypa
         units.decode_rows(rows, DataConfig(path=str(whole)), LOCAL)
 
 
+def test_labels_that_are_none_are_not_read(tmp_path: Path) -> None:
+    """They would unpack to 300 MiB before it is seen that they are text."""
+    path = tmp_path / "x.parquet"
+    label = pa.DictionaryArray.from_arrays(pa.array(np.zeros(300, np.int32)), pa.array([bytes(1 << 20)]))
+    pq.write_table(pa.table({"image": [picture(1)] * 300, "label": label}), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 2000
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(UserError, match="column 'label' is binary; integers from 0 would do"):
+        scan(DataConfig(path=str(path)))
+    assert pa.default_memory_pool().max_memory() - before < 16 << 20
+    numbers = pa.DictionaryArray.from_arrays(pa.array([1, 0]), pa.array([7, 3]))
+    pq.write_table(pa.table({"image": [picture(1)] * 2, "label": numbers}), path)
+    assert scan(DataConfig(path=str(path)))[0].column("label").to_pylist() == [3, 7]
+
+
+def test_what_is_too_large_for_an_image_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").write_bytes(picture(1))
+    with (tmp_path / "cat" / "b.png").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    data = DataConfig(path=str(tmp_path), image_size=8)
+    rows, _ = scan(data)
+    decoded, rejected = units.decode_rows(rows, data, LOCAL)
+    assert decoded.column("key").to_pylist() == ["cat/a.png"]
+    assert [(row["key"], row["reason"].partition(":")[0]) for row in rejected] == [
+        ("cat/b.png", "1,099,511,627,776 bytes, more than the 268,435,456 of an encoded image")
+    ]
+    monkeypatch.setattr(manifest, "_IMAGE_BYTES", 50)
+    pq.write_table(pa.table({"image": [picture(1)], "label": [0]}), tmp_path / "x.parquet")
+    data = DataConfig(path=str(tmp_path / "x.parquet"), image_size=8)
+    ((reason,),) = [[row["reason"] for row in units.decode_rows(scan(data)[0], data, LOCAL)[1]]]
+    assert "more than the 50 of an encoded image" in reason
+
+
+def test_a_file_of_class_names_is_read_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_NAMES_BYTES", 4)
+    pq.write_table(pa.table({"image": [picture(1)], "label": [0]}), tmp_path / "x.parquet")
+    for data in (DataConfig(path=str(tmp_path)), DataConfig(path=str(tmp_path), classes=str(tmp_path / "classes.txt"))):
+        (tmp_path / "classes.txt").write_text("cats")
+        assert scan(data)[1] == ["cats"]
+        (tmp_path / "classes.txt").write_text("horse")
+        with pytest.raises(UserError, match="more than 4 bytes, which no class names take"):
+            scan(data)
+
+
 def test_more_rows_than_a_file_can_hold_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said_often(tmp_path / "x.parquet", b"x", 50_000)
     monkeypatch.setattr(manifest, "_SURE_ROWS", 10_000)
