@@ -6,13 +6,14 @@ tracker that fails costs its own record and nothing else, and what was sent once
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from d2c_ray import logs
 from d2c_ray.config import TrackingConfig
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, redacted
 from d2c_ray.rundir import write_json
 
 SENT = "tracking.json"  # how far a training's folder was sent, and MLflow's run
@@ -208,9 +209,8 @@ def _trial_to_tensorboard(
     from torch.utils.tensorboard import SummaryWriter
 
     plain = {key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in parameters.items()}
-    writer = SummaryWriter(str(folder / "tensorboard" / name))
-    writer.add_hparams(plain, {f"sweep/{key}": value for key, value in measures.items()}, run_name=".")  # HParams of TensorBoard
-    writer.close()
+    with SummaryWriter(str(folder / "tensorboard" / name)) as writer:
+        writer.add_hparams(plain, {f"sweep/{key}": value for key, value in measures.items()}, run_name=".")  # HParams of TensorBoard
 
 
 def _trial_to_wandb(
@@ -223,8 +223,12 @@ def _trial_to_wandb(
         project=options.wandb, id=f"trial-{name}", name=label, group=folder.name, config=parameters, dir=str(folder), resume="allow",
         reinit="create_new", settings=settings,
     )  # fmt: skip
-    run.summary.update(measures)
-    run.finish()
+    exit_code = 1
+    try:
+        run.summary.update(measures)
+        exit_code = 0
+    finally:
+        run.finish(exit_code=exit_code)
 
 
 def _trial_to_mlflow(
@@ -236,11 +240,16 @@ def _trial_to_mlflow(
     known = client.get_experiment_by_name(options.mlflow)
     experiment = known.experiment_id if known else client.create_experiment(options.mlflow)
     run = client.create_run(experiment, run_name=label, tags={"d2c.trial": name, "d2c.sweep": folder.name}).info.run_id
-    for key, value in parameters.items():
-        client.log_param(run, key, value)
-    for key, value in measures.items():
-        client.log_metric(run, key, value)
-    client.set_terminated(run, "FINISHED")
+    state = "FAILED"
+    try:
+        for key, value in parameters.items():
+            client.log_param(run, key, value)
+        for key, value in measures.items():
+            client.log_metric(run, key, value)
+        state = "FINISHED"
+    finally:
+        with nullcontext() if state == "FINISHED" else suppress(Exception):  # what failed first is what is told
+            client.set_terminated(run, state)
 
 
 # By the field of `tracking`, what sends a sweep's trial.
@@ -261,7 +270,7 @@ class _Guard:
             return False
         self._trackers.pop(self._kind, None)
         line = (str(error).strip().splitlines() or [""])[0]
-        logs.say(f"tracking.{self._kind} failed and is off from here: {type(error).__name__}: {line}", "warning")
+        logs.say(f"tracking.{self._kind} failed and is off from here: {type(error).__name__}: {redacted(line)}", "warning")
         return True
 
 

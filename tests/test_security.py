@@ -11,6 +11,7 @@ import json
 import os
 import struct
 import tarfile
+import time
 import tracemalloc
 import zipfile
 import zlib
@@ -26,10 +27,10 @@ from PIL import EpsImagePlugin, Image
 from test_manifest import LOCAL, picture, scan
 from test_tar import pack, walked
 
-from d2c_ray import config, errors
-from d2c_ray.config import DataConfig, StorageConfig
+from d2c_ray import config, errors, tracking
+from d2c_ray.config import DataConfig, StorageConfig, TrackingConfig
 from d2c_ray.data import export, image_sets, manifest, reference_stats, samples, storage, tables, units
-from d2c_ray.data.decode import Undecodable, decode
+from d2c_ray.data.decode import Undecodable, decode, decode_whole
 from d2c_ray.errors import UserError
 from d2c_ray.models import hub
 
@@ -403,6 +404,21 @@ def test_chunks_of_a_png_do_not_unpack_without_end(kind: bytes, head: bytes) -> 
     assert peak < 16 << 20
 
 
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I", "TIFF"), ("F", "TIFF")])
+def test_images_of_more_than_8_bits_take_no_many_times_their_size(mode: str, kind: str) -> None:
+    values = (np.arange(2000 * 1500).reshape(2000, 1500) % 65_536).astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, kind)
+    tracemalloc.start()
+    pixels = decode_whole(out.getvalue(), 10**8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    whole = np.asarray(values, np.float64)  # all at once, as the definition says it
+    top = 65_535.0 if mode.startswith("I") else float(whole.max())
+    assert np.array_equal(pixels[..., 0], (np.clip(whole / top, 0.0, 1.0) * 255.0).round().astype(np.uint8))
+    assert peak < 14 * values.size + (24 << 20)
+
+
 def test_a_frame_larger_than_its_file_says_is_a_bomb() -> None:
     gif = bytearray(encoded(Image.new("P", (8, 8)), "GIF"))
     place = gif.index(b"\x2c")  # the image's own left, top, width, height
@@ -457,6 +473,51 @@ def test_a_table_that_unpacks_to_far_more_than_it_holds(tmp_path: Path, monkeypa
         units.decode_rows(rows, DataConfig(path=str(whole)), LOCAL)
 
 
+def test_labels_that_are_none_are_not_read(tmp_path: Path) -> None:
+    """They would unpack to 300 MiB before it is seen that they are text."""
+    path = tmp_path / "x.parquet"
+    label = pa.DictionaryArray.from_arrays(pa.array(np.zeros(300, np.int32)), pa.array([bytes(1 << 20)]))
+    pq.write_table(pa.table({"image": [picture(1)] * 300, "label": label}), path, compression="zstd", store_schema=False)
+    assert path.stat().st_size < 2000
+    before = pa.default_memory_pool().max_memory()
+    with pytest.raises(UserError, match="column 'label' is binary; integers from 0 would do"):
+        scan(DataConfig(path=str(path)))
+    assert pa.default_memory_pool().max_memory() - before < 16 << 20
+    numbers = pa.DictionaryArray.from_arrays(pa.array([1, 0]), pa.array([7, 3]))
+    pq.write_table(pa.table({"image": [picture(1)] * 2, "label": numbers}), path)
+    assert scan(DataConfig(path=str(path)))[0].column("label").to_pylist() == [3, 7]
+
+
+def test_what_is_too_large_for_an_image_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").write_bytes(picture(1))
+    with (tmp_path / "cat" / "b.png").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    data = DataConfig(path=str(tmp_path), image_size=8)
+    rows, _ = scan(data)
+    decoded, rejected = units.decode_rows(rows, data, LOCAL)
+    assert decoded.column("key").to_pylist() == ["cat/a.png"]
+    assert [(row["key"], row["reason"].partition(":")[0]) for row in rejected] == [
+        ("cat/b.png", "1,099,511,627,776 bytes, more than the 268,435,456 of an encoded image")
+    ]
+    monkeypatch.setattr(manifest, "_IMAGE_BYTES", 50)
+    pq.write_table(pa.table({"image": [picture(1)], "label": [0]}), tmp_path / "x.parquet")
+    data = DataConfig(path=str(tmp_path / "x.parquet"), image_size=8)
+    ((reason,),) = [[row["reason"] for row in units.decode_rows(scan(data)[0], data, LOCAL)[1]]]
+    assert "more than the 50 of an encoded image" in reason
+
+
+def test_a_file_of_class_names_is_read_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_NAMES_BYTES", 4)
+    pq.write_table(pa.table({"image": [picture(1)], "label": [0]}), tmp_path / "x.parquet")
+    for data in (DataConfig(path=str(tmp_path)), DataConfig(path=str(tmp_path), classes=str(tmp_path / "classes.txt"))):
+        (tmp_path / "classes.txt").write_text("cats")
+        assert scan(data)[1] == ["cats"]
+        (tmp_path / "classes.txt").write_text("horse")
+        with pytest.raises(UserError, match="more than 4 bytes, which no class names take"):
+            scan(data)
+
+
 def test_more_rows_than_a_file_can_hold_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said_often(tmp_path / "x.parquet", b"x", 50_000)
     monkeypatch.setattr(manifest, "_SURE_ROWS", 10_000)
@@ -497,6 +558,100 @@ def test_no_field_takes_a_password(field: str) -> None:
         config.load(None, [f"{field}=https://user:{MARK}@host:9000/x"])
     assert MARK not in str(raised.value)
     assert raised.value.__cause__ is None
+
+
+HIDDEN = {
+    "http://user:M@127.0.0.1:1: refused": "http://***@127.0.0.1:1: refused", "https://M@host/x": "https://***@host/x", "user:M@host:9000": "***@host:9000",
+    "http://user:p@M@host": "http://***@host", "http://user:M/x@host": "http://***@host", "a://b/?x=1&token=M&y=2": "a://b/?x=1&token=***&y=2",
+    "x://y?X-Amz-Signature=M": "x://y?X-Amz-Signature=***", "/blob?sv=1&sig=M": "/blob?sv=1&sig=***", "{'Authorization': 'Basic M'}": "{'Authorization': 'Basic ***'}",
+    "url: https:/u:M@h (Caused by ProxyError('https://u:M@h'))": "url: ***@h (Caused by ProxyError('https://***@h'))",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HIDDEN)
+def test_what_libraries_say_is_shown_without_credentials(text: str) -> None:
+    assert errors.redacted(text.replace("M", MARK)) == HIDDEN[text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/a@2x.jpg",
+        "/data/me@home/x",
+        "a photo of {name}: 5@6",
+        "tokens=16",
+        "x@y.org",
+        "pad_token='<pad>'",
+        "design=3",
+        "12:30:45 w.tar#x@2x",
+    ],
+)
+def test_what_is_no_credential_is_shown_as_it_is(text: str) -> None:
+    assert errors.redacted(text) == text
+
+
+def test_hiding_takes_no_time_that_grows_with_the_square() -> None:
+    for text in ("a:" * 100_000 + "@", "://" * 100_000 + "@", "token" * 60_000 + "=", "!" * 200_000 + ":@", "?" * 200_000 + "="):
+        start = time.process_time()
+        errors.redacted(text)
+        assert time.process_time() - start < 10
+
+
+def test_an_endpoint_of_the_environment_is_held_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://user:{MARK}@127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATEST")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    options = StorageConfig(region="us-east-1", attempts=1, timeout_sec=2.0)
+    storage._client.cache_clear()
+    with pytest.raises(UserError, match="AWS_ENDPOINT_URL") as raised:
+        storage.read_all("s3://pictures/x", options)
+    assert MARK not in str(raised.value)
+    storage._client.cache_clear()
+
+
+def test_a_tracker_that_fails_says_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*given: object) -> None:
+        raise ConnectionError(f"Max retries exceeded with url: http://user:{MARK}@127.0.0.1:1/api?token={MARK}")
+
+    monkeypatch.setitem(tracking.TRACKERS, "mlflow", (refused, "mlflow"))
+    tracking.Trackers(TrackingConfig(mlflow="x"), tmp_path, "name", "id", {})
+    told = capsys.readouterr().err
+    assert "tracking.mlflow failed" in told and "127.0.0.1:1" in told
+    assert MARK not in told
+
+
+PRIVATE = [
+    ".env", ".env.local", "prod.env", ".netrc", ".git-credentials", ".pypirc", ".npmrc", ".ray/auth_token", ".aws/credentials", ".ssh/id_rsa", ".kube/config",
+    ".docker/config.json", ".config/gcloud/application_default_credentials.json", ".huggingface/token", ".cache/huggingface/token", "id_rsa", "id_ed25519.pub",
+    "deep/er/key.pem", "tls.key", "credentials.json", "secrets.yaml", ".s3cfg", ".boto", ".mlflow/credentials",
+]  # fmt: skip
+
+
+def test_what_is_private_in_a_folder_is_not_uploaded(tmp_path: Path) -> None:
+    from d2c_ray.distributed import submit
+
+    for name in (*PRIVATE, "my.yaml", "package/keys.py", "id_map.py", "config.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert sorted(submit.uploaded(tmp_path, [*submit.EXCLUDES])) == ["config.yaml", "id_map.py", "my.yaml", "package/keys.py"]
+
+
+def test_no_home_folder_is_uploaded_and_no_credential_sent_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from d2c_ray.distributed import submit
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text(f"run: {{dir: {tmp_path / 'runs'}}}\n")
+    for folder in (str(tmp_path), "/", "~"):
+        with pytest.raises(UserError, match="what is private in it"):
+            submit.prepare(str(tmp_path / "my.yaml"), [], "run", folder, [], [])
+    with pytest.raises(UserError, match="--metadata holds") as raised:
+        submit.prepare(str(tmp_path / "my.yaml"), [], "run", "/", [], [f"from=https://user:{MARK}@host"])
+    assert MARK not in str(raised.value)
+    for address, where in ((f"http://user:{MARK}@127.0.0.1:1", "--address holds"), ("", "as the environment gives it, holds")):
+        monkeypatch.setenv("RAY_ADDRESS", f"http://user:{MARK}@127.0.0.1:1")
+        with pytest.raises(UserError, match=where) as raised, submit._refused(address):
+            pass
+        assert MARK not in str(raised.value)
 
 
 def test_a_proxy_that_does_not_answer_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,26 +58,57 @@ def digits() -> bytes:
         return (Path(folder) / "x.parquet").read_bytes()
 
 
-def command(*args: str) -> subprocess.CompletedProcess:
+def listening(process: psutil.Process) -> set[tuple[str, str]]:
+    """Addresses on which a process or a child of it listens, each with the process's name."""
+    found = set()
+    for one in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            name = (one.cmdline() or [one.name()])[0]
+            found |= {(which.laddr.ip, name) for which in one.net_connections() if which.status == psutil.CONN_LISTEN}
+    return found
+
+
+def outside(found: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    return {(address, who) for address, who in found if address not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")}
+
+
+def command(*args: str, heard: set[tuple[str, str]]) -> tuple[int, str]:
+    """Exit status and output of a command; while it runs, notes who listens."""
     line = [sys.executable, "-m", "d2c_ray.cli", *args]
-    return subprocess.run(
-        line, cwd=ROOT, env={**os.environ, **SECRETS}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500
-    )
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        subprocess.Popen(line, cwd=ROOT, env={**os.environ, **SECRETS}, stdout=out, stderr=subprocess.STDOUT) as running,
+    ):
+        until = time.monotonic() + 500
+        while running.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                heard |= listening(psutil.Process(running.pid))
+            time.sleep(0.2)
+            if time.monotonic() > until:
+                running.terminate()
+        out.seek(0)
+        return running.returncode, out.read()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, server: S3Server) -> tuple[Path, str]:
+def heard() -> set[tuple[str, str]]:
+    """Who listened while the run was going on."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, server: S3Server, heard: set[tuple[str, str]]) -> tuple[Path, str]:
     """Folder and output of the run, one student."""
     server.put("marked", f"digits/{FILE}", digits())
     root = tmp_path_factory.mktemp("runs")
-    done = command(
+    status, out = command(
         "run", str(DEBUG), f"run.dir={root}", "data.source=parquet", "data.path=s3://marked/digits", f"storage.endpoint={server.endpoint}",
         f"resources.cache_dir={root / 'cache'}", "resources.keep_cache=true", "tracking.tensorboard=true", "attach.text.encoder=none",
         "attach.vision.encoder=none", "train.align_weight=0", "train.num_images=256", "teacher.train.num_images=256", "train.preview_every=0",
-        "sample.steps=2", "score.num_timesteps=2",
+        "sample.steps=2", "score.num_timesteps=2", heard=heard,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    return root, done.stdout
+    assert status == 0, out[-4000:]
+    return root, out
 
 
 def holding(folder: Path, needles: list[bytes]) -> list[str]:
@@ -194,12 +227,12 @@ def test_a_local_ray_listens_to_this_machine_alone(no_ray: None) -> None:
     cluster.connect(ResourcesConfig(num_cpus=2), dashboard=True)
     assert ray.get(ray.remote(lambda: 1).remote()) == 1
     assert ray.util.get_node_ip_address() == "127.0.0.1"
-    me = psutil.Process()
-    listening = {
-        (connection.laddr.ip, process.name())
-        for process in (me, *me.children(recursive=True))
-        for connection in process.net_connections()
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert len(listening) > 3
-    assert {who for address, who in listening if address not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")} == set()
+    found = listening(psutil.Process())
+    assert len(found) > 3
+    assert outside(found) == set()
+
+
+def test_a_whole_local_run_listens_to_this_machine_alone(made: tuple[Path, str], heard: set[tuple[str, str]]) -> None:
+    """Its trainings too: torch's own meeting point would listen on every address."""
+    assert any("RayTrainWorker" in who for _, who in heard), "no training was looked at"
+    assert outside(heard) == set()

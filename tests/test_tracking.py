@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,6 +115,37 @@ def test_a_sweeps_trials_are_runs_with_their_points_and_measures(tmp_path: Path,
         ("1", 3.0, "FINISHED"),
     ]
     assert {run.info.run_name for run in runs} == {"gadc seed=0", "gadc seed=1"}
+
+
+def test_a_trial_that_cannot_be_sent_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    import wandb
+    from mlflow import MlflowClient
+    from torch.utils.tensorboard import SummaryWriter
+
+    closed: list[object] = []
+
+    def fail(*given: object, **more: object) -> None:
+        raise ConnectionError("the server is away")
+
+    monkeypatch.setattr(MlflowClient, "log_metric", fail)
+    monkeypatch.setattr(SummaryWriter, "add_hparams", fail)
+    monkeypatch.setattr(SummaryWriter, "close", lambda writer: closed.append("tensorboard"))
+    monkeypatch.setattr(
+        wandb,
+        "init",
+        lambda **given: SimpleNamespace(summary=SimpleNamespace(update=fail), finish=lambda exit_code: closed.append(exit_code)),
+    )
+    options = TrackingConfig(tensorboard=True, wandb="sweep", mlflow="sweep", mlflow_uri=f"file://{tmp_path}/store")
+    tracking.trial(options, tmp_path, "id0", "gadc", {"seed": 0}, {"frechet": 2.0})
+    assert closed == ["tensorboard", 1]
+    client = MlflowClient(tracking_uri=options.mlflow_uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
+    assert run.info.status == "FAILED"
+    assert capsys.readouterr().err.count("the server is away") == 3
 
 
 def test_a_missing_package_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

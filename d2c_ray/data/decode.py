@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Image.MAX_IMAGE_PIXELS = None
 # PIL knows some forty formats, many of them hardly ever read. EPS is a program, which it gives to Ghostscript to run.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
+_BAND_VALUES = 1 << 20  # of a 16-bit or float image, at once
 
 
 class Undecodable(ValueError):
@@ -98,11 +99,20 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        # 16-bit files hold 0..65535; anything else has no defined white, so its own largest value is taken.
-        top = 65_535.0 if image.mode.startswith("I") else max(float(values.max()), 1e-12)
-        image = Image.fromarray((np.clip(values / top, 0.0, 1.0) * 255.0).round().astype(np.uint8))
+        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _to_bytes(values: np.ndarray, mode: str) -> np.ndarray:
+    """Grey of 16 bits or in floats as uint8, some rows at a time: in float64 a large image would take many times its own memory."""
+    # 16-bit files hold 0..65535; anything else has no defined white, so its own largest value is taken.
+    top = 65_535.0 if mode.startswith("I") else max(float(values.max()), 1e-12)
+    out = np.empty(values.shape, np.uint8)
+    rows = max(1, _BAND_VALUES // values.shape[1])
+    for start in range(0, len(values), rows):
+        some = values[start : start + rows].astype(np.float64)
+        out[start : start + rows] = (np.clip(some / top, 0.0, 1.0) * 255.0).round()
+    return out

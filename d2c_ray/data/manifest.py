@@ -33,6 +33,8 @@ _WINDOW = 8 << 20  # bytes a request while the headers of a remote tar are walke
 _FILES_AHEAD = 8  # remote files read at once
 _FOLDER_ROWS = 65_536  # rows of class folders a table
 _LABEL_BYTES = 1 << 20  # of a .cls or .json member, which is read whole
+_NAMES_BYTES = 128 << 20  # of a file of class names
+_IMAGE_BYTES = 256 << 20  # of an encoded image, which is in memory whole
 _MOST_LABEL = 10_000_000  # counts, names and quotas are held for every label up to the largest
 _SURE_ROWS = 1_000_000  # of a Parquet file: so many may take no room in it
 _LOCATION = ("uri", "offset", "length", "row_group", "row")
@@ -188,7 +190,7 @@ def class_file(source: Source, data: DataConfig, options: StorageConfig) -> str 
     if data.classes and wordnet.file(data.classes) is None:
         path = data.classes if storage.is_remote(data.classes) else str(Path(data.classes).expanduser())
         try:
-            return storage.read_all(path, options).decode()
+            return _names_file(path, options)
         except (FileNotFoundError, IsADirectoryError):
             raise UserError(
                 f"data.classes={data.classes}: there is no such file. It holds one class name a line, line i for label i; 'wordnet' translates WordNet ids."
@@ -196,9 +198,16 @@ def class_file(source: Source, data: DataConfig, options: StorageConfig) -> str 
     if source.kind not in ("parquet", "webdataset"):
         return None
     try:
-        return storage.read_all(storage.join(source.root, "classes.txt"), options).decode()
+        return _names_file(storage.join(source.root, "classes.txt"), options)
     except FileNotFoundError:
         return None
+
+
+def _names_file(uri: str, options: StorageConfig) -> str:
+    content = storage.read(uri, 0, _NAMES_BYTES + 1, options)
+    if len(content) > _NAMES_BYTES:
+        raise UserError(f"'{uri}' has more than {_NAMES_BYTES:,} bytes, which no class names take.")
+    return content.decode()
 
 
 @dataclass
@@ -518,10 +527,8 @@ def _scan_parquet_file(entry: Entry, source: Source, data: DataConfig, options: 
             if column.null_count:
                 raise UserError(f"'{uri}': column '{data.label_column}' has {column.null_count} empty labels; -1 for none would do.")
             values = column.to_numpy()
-            if not np.issubdtype(values.dtype, np.integer) or values.min(initial=0) < -1:
-                raise UserError(
-                    f"'{uri}': column '{data.label_column}' holds {values.dtype} or labels below -1; integers from 0 would do, -1 for none."
-                )
+            if values.min(initial=0) < -1:
+                raise UserError(f"'{uri}': column '{data.label_column}' holds labels below -1; integers from 0 would do, -1 for none.")
             _in_range(int(values.max(initial=0)), uri)
             labels = values.astype(np.int32)
     return _rows(
@@ -576,6 +583,11 @@ def _check_columns(uri: str, found: pa.Schema, data: DataConfig) -> None:
         raise UserError(
             f"'{uri}': column '{data.image_column}' is {found.field(data.image_column).type}; encoded images as binary, or struct<bytes, path>, would do."
         )
+    if data.label_column:  # before any is read: a text that is said again and again takes no room in the file, and its rows take all of it
+        kind = found.field(data.label_column).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not pa.types.is_integer(kind):
+            raise UserError(f"'{uri}': column '{data.label_column}' is {kind}; integers from 0 would do, -1 for none.")
 
 
 def _names_of(uri: str, found: pa.Schema, data: DataConfig) -> list[str]:
@@ -608,7 +620,7 @@ def root(data: DataConfig, options: StorageConfig, kind: str | None = None) -> s
 
 
 def read_images(rows: pa.Table, base: str, image_column: str, options: StorageConfig) -> list[bytes | OSError]:
-    """The encoded bytes of manifest rows; an element is the error of a file that is no longer there, or no longer whole.
+    """The encoded bytes of manifest rows; an element is the error of a file that is no longer there, no longer whole, or too large to be an image.
 
     Byte ranges that lie close to each other share one request, and rows of a Parquet row group one read.
     """
@@ -617,6 +629,9 @@ def read_images(rows: pa.Table, base: str, image_column: str, options: StorageCo
     found: list[bytes | OSError] = [b""] * len(uris)
     ranged = np.flatnonzero(groups < 0)
     offsets, lengths = rows.column("offset").to_numpy(), rows.column("length").to_numpy()
+    for row in ranged[lengths[ranged] > _IMAGE_BYTES].tolist():
+        found[row] = _too_large(int(lengths[row]))
+    ranged = ranged[lengths[ranged] <= _IMAGE_BYTES]
     contents = storage.read_ranges([(uris[row], int(offsets[row]), int(lengths[row])) for row in ranged], options)
     for row, content in zip(ranged.tolist(), contents, strict=True):
         found[row] = content
@@ -636,8 +651,13 @@ def read_images(rows: pa.Table, base: str, image_column: str, options: StorageCo
                 found[row] = value
             else:
                 content = value.as_py()
-                found[row] = (content["bytes"] if isinstance(content, dict) else content) or b""
+                content = (content["bytes"] if isinstance(content, dict) else content) or b""
+                found[row] = content if len(content) <= _IMAGE_BYTES else _too_large(len(content))
     return found
+
+
+def _too_large(num_bytes: int) -> OSError:
+    return OSError(f"{num_bytes:,} bytes, more than the {_IMAGE_BYTES:,} of an encoded image")
 
 
 _last_group: tuple[tuple[str, int, str], pa.ChunkedArray] | None = None

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from random import SystemRandom
 from typing import Any
-from urllib.parse import urlsplit
 
 from d2c_ray.config import StorageConfig
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, redacted
 
 S3 = "s3://"
 PIECE_BYTES = 16 << 20  # most that one request asks for
@@ -448,7 +447,8 @@ def _passing(error: Exception, uri: str, storage: StorageConfig) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    """What a library says, which quotes the URL it was given."""
+    return " ".join(redacted(str(error)).split()).rstrip(".")
 
 
 @lru_cache(maxsize=16)
@@ -458,7 +458,7 @@ def _client(storage: StorageConfig, process: int) -> Any:
     from botocore import UNSIGNED
     from botocore.config import Config
 
-    if urlsplit(storage.endpoint).username is not None:
+    if redacted(storage.endpoint) != storage.endpoint:
         raise UserError(f"storage.endpoint holds a user name; credentials do not belong there. {WHERE}")
     config = Config(
         connect_timeout=storage.timeout_sec,
@@ -472,8 +472,11 @@ def _client(storage: StorageConfig, process: int) -> Any:
         response_checksum_validation="when_required",
     )
     try:
-        return boto3.session.Session().client(
+        client = boto3.session.Session().client(
             "s3", endpoint_url=storage.endpoint or None, region_name=storage.region or None, config=config
         )
     except ValueError as error:
         raise UserError(f"storage.endpoint or storage.region cannot be used: {_line(error)}.") from None
+    if redacted(client.meta.endpoint_url) != client.meta.endpoint_url:
+        raise UserError(f"the endpoint of S3 in the environment or the profile (AWS_ENDPOINT_URL) holds a user name or a password. {WHERE}")
+    return client

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from d2c_ray import logs, metrics
 from d2c_ray.config import StorageConfig
 from d2c_ray.data import storage
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, redacted
 from d2c_ray.rundir import UMASK
 from d2c_ray.training import state
 from d2c_ray.training.loop import crosses
@@ -90,7 +90,7 @@ def check(where: str, options: StorageConfig) -> None:
     except OSError as error:
         hint = f" The bucket must be there; see storage.endpoint and storage.region. {storage.WHERE}" if storage.is_remote(where) else ""
         raise UserError(
-            f"resources.checkpoint_storage: checkpoints cannot be written to '{where}': {' '.join(str(error).split())}.{hint}"
+            f"resources.checkpoint_storage: checkpoints cannot be written to '{where}': {' '.join(redacted(str(error)).split())}.{hint}"
         ) from None
 
 
@@ -299,7 +299,7 @@ def _keep(place: Place, source: str, target: str, taken: state.Snapshot) -> None
             _link(source, target)
     except Exception as error:  # whatever it is, the checkpoint itself is written
         logs.say(
-            f"the checkpoint is not kept at '{target}', and training goes on: {type(error).__name__}: {' '.join(str(error).split())}",
+            f"the checkpoint is not kept at '{target}', and training goes on: {type(error).__name__}: {' '.join(redacted(str(error)).split())}",
             "warning",
         )
 

@@ -28,14 +28,18 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from d2c_ray import config as configs
 from d2c_ray.distributed.cluster import answers
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, redacted
 from d2c_ray.rundir import commit_of, run_folder
 
 # Besides what .gitignore and .rayignore name, and .git, .venv, venv and __pycache__, which Ray leaves out itself. Without a slash at
 # their ends folders match too, and are not walked through file by file.
 EXCLUDES = (
     "/runs", "/build", "/dist", "*.egg-info", ".*_cache", ".cache", ".hypothesis", ".tox", ".nox", ".eggs", ".ipynb_checkpoints", "node_modules",
-    "wandb", "mlruns", ".env", ".aws", ".ssh",
+    "wandb", "mlruns",
+    # Where credentials lie.
+    ".env*", "*.env", ".netrc", "_netrc", ".git-credentials", ".pypirc", ".npmrc", ".ray", ".aws", ".azure", ".boto", ".s3cfg", ".databrickscfg",
+    ".ssh", ".gnupg", ".kube", "kubeconfig", ".docker", ".config", ".huggingface", ".mlflow", ".vault-token", "*.pem", "*.key", "*.p12", "*.pfx",
+    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "credentials", "credentials.json", "secrets.yaml", "secrets.yml", "secrets.json", "secrets.toml",
 )  # fmt: skip
 LIMIT_BYTES = packaging.GCS_STORAGE_MAX_SIZE  # an upload has to stay below
 MOST_NAMED = 4  # of what makes an upload large
@@ -87,7 +91,7 @@ def prepare(config: str, overrides: list[str], command: str, folder: str, exclud
 
     Raises:
         UserError: a configuration that cannot run; a run folder that is not on storage of all nodes by its name; files that the job
-            would miss; an upload that is too large.
+            would miss; an upload that is too large, or of a whole home folder; credentials in the metadata, which the dashboard shows.
     """
     given, root = configs.load(config, overrides), Path(os.path.abspath(os.path.expanduser(folder)))
     if command == "sweep":
@@ -99,11 +103,17 @@ def prepare(config: str, overrides: list[str], command: str, folder: str, exclud
     more = {}
     for pair in metadata:
         key, equals, value = pair.partition("=")
+        if redacted(pair) != pair:
+            raise UserError("--metadata holds a user name or a password, or a token, and whoever sees the cluster's jobs sees it too.")
         if not equals or not key:
             raise UserError(f"--metadata {pair}: key=value would do.")
         more[key] = value
     if not root.is_dir():
         raise UserError(f"--working-dir {folder}: there is no such folder.")
+    if root.resolve() in (Path.home().resolve(), Path(root.anchor)):
+        raise UserError(
+            f"--working-dir {folder}: all of '{root}' would be uploaded, and what is private in it. A folder of its own would do."
+        )
     excludes = [*EXCLUDES, *exclude]
     if Path(given.run.dir).is_relative_to(root) and Path(given.run.dir) != root:
         excludes.append(f"/{Path(given.run.dir).relative_to(root)}")
@@ -294,6 +304,10 @@ def _addressed(address: str) -> Iterator[None]:
 def _refused(address: str) -> Iterator[None]:
     """Ray's own errors as ones of the user's; asks first whether anything listens there, for which Ray would wait for minutes."""
     given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "auto"
+    if redacted(given) != given:
+        raise UserError(
+            f"--address{'' if address else ', as the environment gives it,'} holds a user name or a password, or a token. {TOKEN}"
+        )
     parts = urlsplit(given if "://" in given else f"//{given}")
     try:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -308,7 +322,7 @@ def _refused(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise UserError(f"--address {given}: the cluster refuses the token: {str(error).strip().splitlines()[0]} {TOKEN}") from None
+        raise UserError(f"--address {given}: the cluster refuses the token: {_first(error)} {TOKEN}") from None
     except (ConnectionError, requests.exceptions.RequestException) as error:
         raise UserError(
             f"--address {given}: no Ray cluster answers there ({_first(error)}). http://HEAD:8265, the dashboard's address, would do."
@@ -318,7 +332,7 @@ def _refused(address: str) -> Iterator[None]:
 
 
 def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (redacted(str(error)).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _untaken(client: JobSubmissionClient, name: str) -> None:

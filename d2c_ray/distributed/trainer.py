@@ -26,7 +26,7 @@ from d2c_ray import logs
 from d2c_ray import metrics as numbers
 from d2c_ray.config import Config, ModelConfig, StorageConfig, TrainConfig, dotted
 from d2c_ray.data import condensed
-from d2c_ray.distributed import checkpoints, cluster, look, telemetry
+from d2c_ray.distributed import checkpoints, cluster, look, process_group, telemetry
 from d2c_ray.errors import UserError
 from d2c_ray.job import Job
 from d2c_ray.models import latents, published, weights
@@ -160,6 +160,7 @@ def fit(
             # cluster.connect says whether Ray watches for it.
             "notices": os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0",
         },
+        torch_config=process_group.config(),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=(least, workers) if elastic else workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
