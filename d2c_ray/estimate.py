@@ -41,16 +41,29 @@ DINOV2_MEASURING = 224 // PATCH  # patches a side that evaluate's DINOv2 network
 IMAGENET_BYTES = 147_897_477_120 / 1_281_167  # of an image: the published tar of its training set
 MOST_SOUGHT = 100_000  # training images that evaluate looks for copies among
 ROW_BYTES = 16  # sample_id and label
+MANIFEST_BYTES = 10.6  # a row of Parquet, and of a score table but for a number a level: measured of a million and ten million images
+SCORE_BYTES = 100 - 4 * 16
+PROBABILITIES = 1008  # that Inception gives beside its features
 Assumed = list[str]
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is known of the source: its images and classes, and the mean bytes of an encoded image; None: not known."""
+    """What is known of the source: its images and classes, and the mean bytes of an encoded image; None: not known.
+
+    Attributes:
+        imagenet: taken to be ImageNet's training set, or so many of its images.
+    """
 
     images: int
     classes: int
     image_bytes: float | None = None
+    imagenet: bool = False
+
+    @property
+    def about_bytes(self) -> float | None:
+        """Mean bytes of an image: known or, of ImageNet, published."""
+        return self.image_bytes or (IMAGENET_BYTES if self.imagenet else None)
 
 
 def student(config: Config, data: Data) -> dict[str, Any]:
@@ -523,7 +536,7 @@ def sizes(config: Config, spec: TransformerSpec, chosen: int, data: Data, assume
     opened = pixels if online.LATENT in names or mine in names or not config.vae.path else 0
     checkpoint = checkpoint_bytes(count, train)
     kept = train.num_images // train.keep_every if train.keep_every else 0
-    source = data.image_bytes * chosen if data.image_bytes else None
+    source = data.about_bytes * chosen if data.about_bytes else None
     parts = {"pixels": pixels * chosen, "latents": latent_bytes * chosen, "tokens": sum(tokens.values()) * chosen}
     return {
         "an_image": each,
@@ -557,6 +570,12 @@ def image_bytes(config: Config, spec: TransformerSpec, assumed: Assumed) -> dict
     }
 
 
+def feature_bytes(config: Config, assumed: Assumed) -> int:
+    """Bytes of an image in all networks that measure, float32."""
+    names = dict.fromkeys([config.evaluate.network, *config.evaluate.more_networks])
+    return 4 * sum(network_width(name, assumed) + (PROBABILITIES if name == INCEPTION else 0) for name in names)
+
+
 def checkpoint_bytes(count: int, train: TrainConfig) -> int:
     """Weights, AdamW's two moments and EMAs, float32."""
     return 4 * count * (4 + len(train.ema_also))
@@ -575,16 +594,13 @@ def known(images: int, config: Config, facts: dict[str, Any] | None, image_bytes
     """
     most = config.data.limit_per_class * IMAGENET[1] or IMAGENET[0]
     if facts is not None:
-        found = Data(facts["rows"], max(1, len(facts["class_names"])), image_bytes)
-        return (replace(found, images=images), []) if images else (found, [])
+        found = Data(facts["rows"], max(1, len(facts["class_names"])), image_bytes, image_bytes is None and facts["rows"] == IMAGENET[0])
+        return (replace(found, images=images, imagenet=False), []) if images else (found, [])
     if config.data.source == "digits":
         count = min(DIGITS[0], config.data.limit_per_class * DIGITS[1] or DIGITS[0])
         return Data(images or count, DIGITS[1]), []
     if images:
         return Data(images, IMAGENET[1]), [f"{IMAGENET[1]:,} classes"]
-    if config.select.selector == "all" or config.select.budget <= 1:
-        count = min(most, IMAGENET[0])
-        return Data(count, IMAGENET[1]), [
-            f"ImageNet's {count:,} images of {IMAGENET[1]:,} classes (d2c manifest counts a source that is at hand, --images N says a number)"
-        ]
-    return Data(*IMAGENET), [f"{IMAGENET[1]:,} classes"]
+    count = min(most, IMAGENET[0])
+    said = f"ImageNet's {count:,} images of {IMAGENET[1]:,} classes, {IMAGENET_BYTES * count / 1e9:,.1f} GB"
+    return Data(count, IMAGENET[1], None, True), [f"{said} (d2c manifest counts a source that is at hand, --images N says a number)"]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from d2c_ray import estimate, hardware, rates
+from d2c_ray import estimate, hardware, rates, trials
 from d2c_ray import plan as plans
 from d2c_ray.config import Config, arm_configs, from_dict, merged, pools, to_dict
 from d2c_ray.data import tables
@@ -26,7 +26,8 @@ from d2c_ray.estimate import Assumed, Data
 from d2c_ray.hardware import Cluster
 from d2c_ray.models import offline
 from d2c_ray.plan import Node, Plan
-from d2c_ray.rates import Rates, Time
+from d2c_ray.rates import MOST_COMPARED, Rates, Time
+from d2c_ray.report import estimate as printed
 from d2c_ray.report import gather
 from d2c_ray.schedule import WORKERS_OF, starting
 from d2c_ray.selection import rank
@@ -37,8 +38,10 @@ SECTIONS = {
     "manifest": ("data",), "teacher": ("teacher", "vae"), "score": ("score",), "embed": ("embed",), "select": ("select",), "attach": ("attach", "vae"),
     "train": ("model", "train"), "sample": ("sample",), "unguided": ("sample",), "reference": ("evaluate",), "evaluate": ("evaluate", "sample"),
 }  # fmt: skip
+# Of the driver: the order of all images, a number of 8 bytes with what drawing it takes, and a row of the manifest of those that are measured
+# against: a key and an address of some 25 characters, and 40 bytes of numbers.
+DRAWN_BYTES, LISTED_BYTES = 24, 100
 SPARE = 0.9  # of a device's memory that is planned with; the rest is the allocator's
-MEMORY_OF = {"train": "a training step", "teacher": "a training step of the teacher", "score": "scoring", "attach": "encoding with the VAE", "sample": "sampling", "decode": "decoding with the VAE"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,19 @@ def collect(config: Config, asked: Asked = Asked()) -> dict[str, Any]:
     return {
         "name": config.run.name, "cluster": {"title": cluster.title, "gpus": cluster.gpus, "gpu": cluster.gpu, "cpus": cluster.cpus, "how": cluster.how},
         "students": students, "stages": stages, "no_stages": why, "total": {**total, **_price(total, asked.price)},
-        "source_bytes": _source_bytes(first), "leaves": look.leaves(nodes), "memory": memories(whole, datas),
+        "source_bytes": _source_bytes(first), "leaves": look.leaves(nodes), "leaves_without": look.without(nodes), "memory": memories(whole, datas),
+        "trials": trials.count(config.sweep), "not_checked": _not_checked(asked, cluster),
         "problems": problems(whole, asked, cluster, nodes, datas), "idle": _idle(config, cluster, nodes),
     }  # fmt: skip
+
+
+def _not_checked(asked: Asked, cluster: Cluster) -> list[str]:
+    """Options without which nothing is known of a disk elsewhere."""
+    given = {
+        "--disk": asked.disk is not None or cluster.how != hardware.DESCRIBED,
+        "--cache": asked.cache is not None or cluster.how == hardware.HERE,
+    }
+    return [option for option, known in given.items() if not known]
 
 
 def _check(config: Config, data: Data, facts: dict[str, Any] | None) -> None:
@@ -162,8 +175,8 @@ def _price(total: dict[str, Any], price: float | None) -> dict[str, Any]:
 def _source_bytes(data: Data) -> dict[str, Any]:
     if data.image_bytes:
         return {"bytes": data.image_bytes * data.images, "source": rates.MEASURED, "said": "the manifest"}
-    if data.images == estimate.IMAGENET[0]:
-        return {"bytes": estimate.IMAGENET_BYTES * data.images, "source": rates.PUBLISHED, "said": "ImageNet's training set"}
+    if data.imagenet:
+        return {"bytes": estimate.IMAGENET_BYTES * data.images, "source": rates.ASSUMED, "said": "ImageNet's training set, as published"}
     return {"bytes": None, "source": rates.UNKNOWN, "said": "d2c manifest counts a source that is at hand"}
 
 
@@ -261,10 +274,11 @@ class Look:
         unknown = [row["stage"] for row in rows if not row["done"] and row["seconds"] is None]
         gpu_hours = [row["gpu_hours"] for row in rows if not row["done"]]
         known = not unknown
+        both = [row for row in rows if row["done"] and row["planned"] is not None and row["actual"] is not None]
         return rows, {
             "seconds": hours if known else None, "gpus": self.cluster.gpus, "gpu_hours": sum(gpu_hours) if known else None,
             "rented_gpu_hours": self.cluster.gpus * hours / 3600 if known else None, "not_known": unknown,
-            "planned_seconds": _sum(row["planned"] for row in rows if row["done"]), "actual_seconds": _sum(row["actual"] for row in rows if row["done"]),
+            "planned_seconds": _sum(row["planned"] for row in both), "actual_seconds": _sum(row["actual"] for row in both), "planned_stages": len(both),
         }  # fmt: skip
 
     def row(self, node: Node, share: int, planned: dict[str, Any] | None) -> dict[str, Any]:
@@ -294,6 +308,11 @@ class Look:
         """Bytes that stages leave which are still to run."""
         return leaves((node, self.data[node.name]) for node in nodes if not node.dir.done)
 
+    def without(self, nodes: Iterable[Node]) -> str:
+        """What of them is not counted, for want of its size; empty: all is."""
+        unknown = any(node.stage == "attach" and not node.dir.done and self.data[node.name].about_bytes is None for node in nodes)
+        return "the datasets' images, whose size is not known" if unknown else ""
+
 
 def _sum(values: Iterable[float | None]) -> float | None:
     found = [value for value in values if value is not None]
@@ -301,26 +320,40 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 def leaves(nodes: Iterable[tuple[Node, Data]]) -> dict[str, float]:
-    """Bytes that stages leave: datasets (with the images as far as their size is known), checkpoints, models, images and latents of all images."""
-    found = {"datasets": 0.0, "checkpoints": 0.0, "models": 0.0, "images": 0.0, "latents": 0.0}
+    """Bytes that stages leave: tables, features, datasets (with the images as far as their size is known), checkpoints, models, images and latents.
+
+    Not counted are logs, figures and, of a few bytes an image that was chosen, selections.
+    """
+    found = dict.fromkeys(("manifest", "scores", "features", "datasets", "checkpoints", "models", "images", "latents"), 0.0)
     for node, data in nodes:
-        if node.stage not in ("score", "attach", "teacher", "train", "sample", "unguided") or (
-            node.stage == "teacher" and node.config.teacher.checkpoint
-        ):
-            continue
-        config = estimate.teacher_training(node.config) if node.stage == "teacher" else node.config
-        spec = estimate.transformer_spec(config, data.classes, [])
-        sizes = estimate.sizes(config, spec, estimate.images("attach", config, data), data, [])
-        if node.stage == "attach":
-            found["datasets"] += sizes["dataset"]["total"]
-        elif node.stage in hardware.TRAININGS:
-            found["checkpoints"] += 0 if node.config.resources.checkpoint_storage else sizes["checkpoints"]
-            found["models"] += sizes["model"]
-        elif node.stage == "score":
-            found["latents"] += sizes["kept_latents"]
-        else:
-            found["images"] += sizes["samples"]
+        for what, size in _left(node, data).items():
+            found[what] += size
     return found
+
+
+def _left(node: Node, data: Data) -> dict[str, float]:
+    config, stage = node.config, node.stage
+    count = estimate.images(stage, config, data)
+    if stage == "manifest":
+        return {"manifest": estimate.MANIFEST_BYTES * count}
+    if stage == "embed":
+        return {"features": 2.0 * estimate.network_width(config.embed.encoder, []) * count}  # float16
+    if stage in ("reference", "evaluate"):
+        return {"features": float(estimate.feature_bytes(config, []) * count)}
+    if stage not in ("score", "attach", "teacher", "train", "sample", "unguided") or (stage == "teacher" and config.teacher.checkpoint):
+        return {}
+    own = estimate.teacher_training(config) if stage == "teacher" else config
+    spec = estimate.transformer_spec(own, data.classes, [])
+    sizes = estimate.sizes(own, spec, estimate.images("attach", own, data), data, [])
+    if stage == "score":
+        return {"scores": (estimate.SCORE_BYTES + 4.0 * config.score.num_timesteps) * count, "latents": sizes["kept_latents"]}
+    if stage == "attach":
+        return {"datasets": sizes["dataset"]["total"]}
+    if stage in hardware.TRAININGS:
+        return {"checkpoints": 0.0 if config.resources.checkpoint_storage else sizes["checkpoints"], "models": sizes["model"]}
+    if config.sample.keep == "none":
+        return {"features": float(estimate.feature_bytes(config, []) * count)}
+    return {"images": sizes["samples"]}
 
 
 def schedule(nodes: list[Node], seconds: Callable[[Node, int], float], slots: int) -> tuple[dict[str, int], float]:
@@ -398,7 +431,12 @@ def memories(whole: Resolved, datas: dict[str, Data]) -> dict[str, dict[str, Any
 
 def problems(whole: Resolved, asked: Asked, cluster: Cluster, nodes: list[Node], datas: dict[str, Data]) -> list[dict[str, Any]]:
     """What does not fit: in words, what it wants, what there is, and changes that make it fit; none where nothing known here does."""
-    return [*_places(whole.config, cluster, nodes), *_memory(whole, cluster, datas), *_disk(whole, asked, cluster, nodes, datas)]
+    return [
+        *_places(whole.config, cluster, nodes),
+        *_memory(whole, cluster, datas),
+        *_reference(whole, cluster, datas),
+        *_disk(whole, asked, cluster, nodes, datas),
+    ]
 
 
 def _places(config: Config, cluster: Cluster, nodes: list[Node]) -> list[dict[str, Any]]:
@@ -411,7 +449,7 @@ def _places(config: Config, cluster: Cluster, nodes: list[Node]) -> list[dict[st
 def _memory(whole: Resolved, cluster: Cluster, datas: dict[str, Data]) -> list[dict[str, Any]]:
     config = whole.config
     limits: dict[str, float | None] = {}
-    for what in MEMORY_OF:
+    for what in printed.MEMORY_OF:
         stage = "sample" if what == "decode" else what
         device = cluster.device(stage, config.resources)
         if device.gpu:
@@ -439,10 +477,29 @@ def _memory(whole: Resolved, cluster: Cluster, datas: dict[str, Data]) -> list[d
         on = f"one {cluster.device('train' if what in hardware.TRAININGS else 'score', config.resources).name}"
         least = memories(whole.with_(tries[-1]) or whole, datas)[what]["bytes"] / SPARE if tries else size["bytes"]
         found.append(_problem(
-            f"the memory of {MEMORY_OF[what]}" + (f" of {size['arm']}" if len(datas) > 1 else ""), size["bytes"], SPARE * limit, would,
-            f"{SPARE:.0%} of {on}", "" if would else f"a device of {least / 1e9:,.0f} GB",
+            f"the memory of {printed.MEMORY_OF[what]}" + (f" of {size['arm']}" if len(datas) > 1 else ""), size["bytes"], SPARE * limit, would,
+            f"{SPARE:.0%} of {on}", "" if would else f"a device of {least / 1e9:,.0f} GB", planned_with=True,
         ))  # fmt: skip
     return found
+
+
+def _reference(whole: Resolved, cluster: Cluster, datas: dict[str, Data]) -> list[dict[str, Any]]:
+    """Memory of the driver, where it draws which real images are measured against and holds their rows of the manifest."""
+    memory, (config, data) = hardware.host_memory() if cluster.how == hardware.HERE else None, (whole.config, next(iter(datas.values())))
+
+    def held(config: Config) -> float:
+        return float(DRAWN_BYTES * data.images + LISTED_BYTES * estimate.images("reference", config, data))
+
+    wants = held(config)
+    if memory is None or wants <= SPARE * memory:
+        return []
+    fewer = [f"evaluate.max_reference={MOST_COMPARED}"]
+    own = whole.with_(fewer)
+    would = fewer if own is not None and held(own.config) <= SPARE * memory else []
+    what, on = "the memory of listing the real images that are measured against", f"{SPARE:.0%} of this machine"
+    return [
+        _problem(what, wants, SPARE * memory, would, on, "" if would else f"a machine of {wants / SPARE / 1e9:,.0f} GB", planned_with=True)
+    ]
 
 
 def _halves(value: int) -> list[int]:
@@ -462,7 +519,7 @@ def _disk(whole: Resolved, asked: Asked, cluster: Cluster, nodes: list[Node], da
     found = []
     ways = [
         ["attach.vision.storage=int8"], ["train.keep_every=0"], ["train.keep_checkpoints=1", "teacher.train.keep_checkpoints=1"], ["sample.keep=none"],
-        ["score.cache_latents=false"], ["attach.vision.encode=training"], ["vae.encode=training"],
+        [f"evaluate.max_reference={MOST_COMPARED}"], ["score.cache_latents=false"], ["attach.vision.encode=training"], ["vae.encode=training"],
     ]  # fmt: skip
 
     mine = {node.name for node in every_node(whole, None)}
@@ -505,8 +562,18 @@ def _disk(whole: Resolved, asked: Asked, cluster: Cluster, nodes: list[Node], da
     return found
 
 
-def _problem(what: str, wants: Any, has: Any, would: list[str], where: str = "", else_would: str = "") -> dict[str, Any]:
-    return {"what": what, "wants": wants, "has": has, "where": where, "would": would, "else_would": else_would}
+def _problem(
+    what: str, wants: Any, has: Any, would: list[str], where: str = "", else_would: str = "", planned_with: bool = False
+) -> dict[str, Any]:
+    return {
+        "what": what,
+        "wants": wants,
+        "has": has,
+        "where": where,
+        "would": would,
+        "else_would": else_would,
+        "planned_with": planned_with,
+    }
 
 
 def _free(folder: Path) -> float | None:

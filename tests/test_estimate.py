@@ -324,7 +324,11 @@ def test_every_stage_by_hand() -> None:
         ("starting", "assumed"),
         ("choosing", "published"),
     ]
-    assert found["source_bytes"] == {"bytes": pytest.approx(147_897_477_120), "source": "published", "said": "ImageNet's training set"}
+    assert found["source_bytes"] == {
+        "bytes": pytest.approx(147_897_477_120),
+        "source": "assumed",
+        "said": "ImageNet's training set, as published",
+    }
     by_name = forecast.collect(config, forecast.Asked(hardware.described("A100")))
     assert row(by_name, "train")["source"] == "published" and "fast-DiT's README" in row(by_name, "train")["said"]
 
@@ -542,3 +546,103 @@ def test_trainings_take_the_gpus_whatever_actors_there_are() -> None:
     actors = ["resources.actors=8", "resources.gpus_per_actor=0.25"]
     assert [two.trainings(load(DEBUG, more).resources) for more in ([], actors, [*actors, "resources.train_gpus=0"])] == [2, 2, 8]
     assert hardware.Cluster(0, "", 4, "a core", hardware.HERE).trainings(load(DEBUG).resources) == 4
+
+
+def left(*overrides: str, images: int = 0, name: str = "imagenet256_sit_l_10k") -> dict:
+    found = forecast.collect(
+        load(ROOT / "configs" / f"{name}.yaml", overrides), forecast.Asked(hardware.described("8xH100"), images=images)
+    )
+    return {**found["leaves"], "without": found["leaves_without"], "source": found["source_bytes"], "text": "\n".join(printed.lines(found))}
+
+
+def test_all_that_a_run_leaves_by_hand() -> None:
+    inception, levels = 4 * (2048 + 1008), load(ROOT / "configs" / "imagenet256_sit_l_10k.yaml").score.num_timesteps
+    found = left("evaluate.network=inception", "evaluate.more_networks=[dinov2-l]", "data.flip=true")
+    assert found["manifest"] == pytest.approx(10.6 * 1_281_167) and found["scores"] == pytest.approx((36 + 4 * levels) * 1_281_167)
+    # The reference is all images, which hold what was trained on; then what was generated, and the mirror images of the subset.
+    assert found["features"] == pytest.approx((inception + 4 * 1024) * (1_281_167 + 50_000 + 10_000))
+    assert found["datasets"] == pytest.approx(10_000 * (32_768 + 395_264 + 147_897_477_120 / 1_281_167)) and not found["without"]
+    assert left("evaluate.max_reference=50000")["features"] < found["features"] / 5
+    by_features = left("select.selector=herding", "embed.encoder=efficientnet-lite0", "evaluate.network=inception")
+    assert by_features["scores"] == 0
+    assert by_features["features"] == pytest.approx(2 * 1280 * 1_281_167 + inception * (1_281_167 + 60_000))
+    kept = left("sample.keep=none", "evaluate.network=inception")
+    assert kept["images"] == 0 and kept["features"] == by_features["features"] - 2 * 1280 * 1_281_167
+    unknown = left(images=1_000_000)
+    assert unknown["datasets"] == 10_000 * (32_768 + 395_264) and unknown["source"]["bytes"] is None
+    assert ", without the datasets' images, whose size is not known" in unknown["text"] and "whose size" not in found["text"]
+
+
+def test_an_assumed_imagenet_is_said_and_is_as_large_as_its_limit() -> None:
+    found = left(name="cifar10")
+    assert "assumed: ImageNet's 1,281,167 images of 1,000 classes, 147.9 GB (d2c manifest counts" in found["text"]
+    assert found["source"]["source"] == "assumed"
+    for budget in ("500", "0.01"):
+        config = imagenet("data.limit_per_class=12", f"select.budget={budget}")
+        data, assumed = estimate.known(0, config, None, None)
+        assert data.images == 12_000 and assumed[0].startswith("ImageNet's 12,000 images of 1,000 classes, 1.4 GB")
+    with pytest.raises(UserError, match="asks for 10000 images; there are 5000"):
+        forecast.collect(imagenet("data.limit_per_class=5"))
+
+
+def test_a_plan_of_a_sweep_says_that_it_is_of_one_trial() -> None:
+    sweep = load(
+        ROOT / "configs" / "sweep_digits.yaml",
+        ["sweep.axes={select.budget: [20, 40], train.align_weight: [0, 0.5]}", "sweep.seeds=[0, 1, 2]"],
+    )
+    assert printed.lines(forecast.collect(sweep))[0] == "one trial of 12; d2c sweep --dry-run plans all"
+    assert printed.lines(forecast.collect(load(DEBUG)))[0] == "student"
+
+
+def test_what_is_there_is_summed_where_it_was_planned(debug_config) -> None:
+    """The manifest never is: its 10 s must not stand against nothing."""
+    config = debug_config()
+    plan = plans.make(config)
+    for stage, seconds in (("manifest", 10.0), ("teacher", 7.0), ("score", 20.0)):
+        (node,) = plan.of(stage)
+        write_json(
+            node.folder / "_SUCCESS.json",
+            {"seconds": seconds, "places": 1, "facts": {"rows": 120, "class_names": ["x"] * 10, "class_counts": [12] * 10}},
+        )
+    monkeypatched = {plan.of("score")[0].name: {"seconds": 15.0, "places": 1}, plan.of("train")[0].name: {"seconds": 9.0, "places": 1}}
+    write_json(plan.folder / "plan.json", {"planned": {}})
+    nothing = "\n".join(printed.lines({**collect_without_parts(config)}))
+    assert "what is there" not in nothing
+    write_json(plan.folder / "plan.json", {"planned": monkeypatched})
+    found = collect_without_parts(config)
+    assert (found["total"]["planned_seconds"], found["total"]["actual_seconds"]) == (15.0, 20.0)
+    assert "what is there and was planned: planned 15.0 s, took 20.0 s, over 1 stage" in "\n".join(printed.lines(found))
+
+
+def collect_without_parts(config: Config) -> dict:
+    """Of a run whose finished stages have no tables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forecast, "_manifest", lambda plan: (forecast._facts(plan), None))
+        return forecast.collect(config)
+
+
+def test_a_reference_that_the_driver_cannot_list_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "host_memory", lambda: 24e9)
+
+    def found(images: int, *overrides: str) -> list[dict]:
+        problems = forecast.collect(
+            load(DEBUG, ["data.source=folder", "data.limit_per_class=0", *overrides]), forecast.Asked(images=images)
+        )["problems"]
+        return [problem for problem in problems if "measured against" in problem["what"]]
+
+    assert not found(100_000_000)
+    (large,) = found(400_000_000)
+    assert large["wants"] == 124 * 400_000_000 and large["would"] == ["evaluate.max_reference=50000"]
+    assert not found(400_000_000, *large["would"])
+    (huge,) = found(10_000_000_000)
+    assert not huge["would"] and huge["else_would"] == "a machine of 1,378 GB"
+
+
+def test_messages_say_what_is_planned_with_and_what_was_not_looked_at() -> None:
+    _, text = fits("resources.micro_batch=0")
+    (line,) = [line for line in text if line.startswith("does not fit: the memory of a training step")]
+    assert " of the 21.6 GB that are planned with (90% of one L4): resources.micro_batch=" in line
+    unseen = "not checked: the run folder's disk and that of a node's copies (--disk GB and --cache GB say what is free there)"
+    assert unseen in text and unseen not in fits(disk=1e12, cache=1e12)[1]
+    assert "not checked: that of a node's copies (--cache GB says what is free there)" in fits(disk=1e12)[1]
+    assert not any(line.startswith("not checked") for line in printed.lines(forecast.collect(load(DEBUG))))

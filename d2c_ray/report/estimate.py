@@ -4,11 +4,12 @@ from typing import Any
 
 from d2c_ray.progress import clock
 from d2c_ray.report import numbers
+from d2c_ray.report.numbers import in_bytes
 
 
 def lines(found: dict[str, Any]) -> list[str]:
     """What a plan says, a line each."""
-    out = []
+    out = [f"one trial of {found['trials']:,}; d2c sweep --dry-run plans all", ""] if found["trials"] else []
     for arm, student in found["students"].items():
         out += [f"{arm}", *(f"  {line}" for line in _student(student)), ""]
     out += [f"stages, on {found['cluster']['title']}"]
@@ -20,7 +21,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         *_total(found["total"]),
     ]
     out += [found["idle"]] * bool(found["idle"]) + [""]
-    out += [*_bytes_left(found), *_memory(found["memory"]), "", *_problems(found["problems"])]
+    out += [*_bytes_left(found), *_memory(found["memory"]), "", *_problems(found["problems"]), *_not_checked(found["not_checked"])]
     assumed = dict.fromkeys(what for student in found["students"].values() for what in student["assumed"])
     return out + [f"assumed: {what}" for what in assumed]
 
@@ -72,8 +73,10 @@ def _total(total: dict[str, Any]) -> list[str]:
         )
         out.append(f"in all: {hours}{busy}")
     if total["actual_seconds"] is not None:
-        planned = _time(total["planned_seconds"]) if total["planned_seconds"] is not None else "not planned"
-        out.append(f"what is there: planned {planned}, took {_time(total['actual_seconds'])}, all stages together")
+        planned, took = _time(total["planned_seconds"]), _time(total["actual_seconds"])
+        out.append(
+            f"what is there and was planned: planned {planned}, took {took}, over {total['planned_stages']} stage{'s' if total['planned_stages'] != 1 else ''}"
+        )
     if total.get("price") is not None:
         out.append(
             f"price: {total['price']:,.2f}, at {total['price_an_hour']:g} a GPU-hour for {total['gpus']} GPUs from the first stage to the last"
@@ -84,34 +87,55 @@ def _total(total: dict[str, Any]) -> list[str]:
 def _bytes_left(found: dict[str, Any]) -> list[str]:
     source, left = found["source_bytes"], found["leaves"]
     said = (
-        f"{_bytes(source['bytes'])} ({source['source']}: {source['said']})"
+        f"{in_bytes(source['bytes'])} ({source['source']}: {source['said']})"
         if source["bytes"] is not None
         else f"not known ({source['said']})"
     )
-    parts = ", ".join(f"{name} {_bytes(value)}" for name, value in left.items() if value)
-    return [f"bytes: source {said}", f"  left in the run folder: {_bytes(sum(left.values()))}{f' ({parts})' if parts else ''}"]
+    parts = ", ".join(f"{name} {in_bytes(value)}" for name, value in left.items() if value)
+    without = f", without {found['leaves_without']}" if found["leaves_without"] else ""
+    return [f"bytes: source {said}", f"  left in the run folder: {in_bytes(sum(left.values()))}{f' ({parts})' if parts else ''}{without}"]
 
 
-WORDS = {"train": "a training step", "teacher": "a step of the teacher's training", "score": "scoring", "attach": "encoding with the VAE", "sample": "sampling", "decode": "decoding with the VAE"}  # fmt: skip
+# By the stage, or what else computes on a device.
+MEMORY_OF = {"train": "a training step", "teacher": "a training step of the teacher", "score": "scoring", "attach": "encoding with the VAE", "sample": "sampling", "decode": "decoding with the VAE"}  # fmt: skip
 
 
 def _memory(memory: dict[str, dict[str, Any]]) -> list[str]:
     if not memory:
         return []
     largest = max(memory, key=lambda what: memory[what]["bytes"])
-    each = [f"{WORDS[what]} {_bytes(size['bytes'])} ({size['knob']}={size['value']}, {size['source']})" for what, size in memory.items()]
-    return [f"memory of the largest step: {_bytes(memory[largest]['bytes'])}, {WORDS[largest]}", f"  {'; '.join(each)}"]
+    each = [
+        f"{MEMORY_OF[what]} {in_bytes(size['bytes'])} ({size['knob']}={size['value']}, {size['source']})" for what, size in memory.items()
+    ]
+    return [f"memory of the largest step: {in_bytes(memory[largest]['bytes'])}, {MEMORY_OF[largest]}", f"  {'; '.join(each)}"]
 
 
 def _problems(problems: list[dict[str, Any]]) -> list[str]:
     out = []
     for problem in problems:
-        wants, has = (_bytes(value) if isinstance(value, float | int) else value for value in (problem["wants"], problem["has"]))
+        wants, has = (in_bytes(value) if isinstance(value, float | int) else value for value in (problem["wants"], problem["has"]))
         would = (
             f"{' '.join(problem['would'])} would do" if problem["would"] else f"{problem['else_would'] or 'nothing known here'} would do"
         )
-        out.append(f"does not fit: {problem['what']} wants {wants}; {has} {problem['where'] or 'there are'}: {would}")
+        there = (
+            f" of the {has} that are planned with ({problem['where']})"
+            if problem["planned_with"]
+            else f"; {has} {problem['where'] or 'there are'}"
+        )
+        out.append(f"does not fit: {problem['what']} wants {wants}{there}: {would}")
     return out
+
+
+def _not_checked(options: list[str]) -> list[str]:
+    of = {"--disk": "the run folder's disk", "--cache": "that of a node's copies"}
+    given = " and ".join(f"{option} GB" for option in options)
+    return (
+        [
+            f"not checked: {' and '.join(of[option] for option in options)} ({given} say{'s' if len(options) == 1 else ''} what is free there)"
+        ]
+        if options
+        else []
+    )
 
 
 def _student(found: dict[str, Any]) -> list[str]:
@@ -129,29 +153,21 @@ def _student(found: dict[str, Any]) -> list[str]:
     for name in compute["unknown"]:
         lines.append(f"  and {name}, which encodes while training and whose FLOPs are not known")
     lines.append(
-        f"memory of a step: {_bytes(memory['total'])}: weights {_bytes(memory['weights'])}, gradients {_bytes(memory['gradients'])}, AdamW {_bytes(memory['moments'])}, "
-        f"EMA {_bytes(memory['ema'])}, kept for backward {_bytes(memory['activations'])} at {memory['micro_batch']} images a worker at a time (resources.micro_batch, resources.recompute)"
+        f"memory of a step: {in_bytes(memory['total'])}: weights {in_bytes(memory['weights'])}, gradients {in_bytes(memory['gradients'])}, AdamW {in_bytes(memory['moments'])}, "
+        f"EMA {in_bytes(memory['ema'])}, kept for backward {in_bytes(memory['activations'])} at {memory['micro_batch']} images a worker at a time (resources.micro_batch, resources.recompute)"
     )
-    kinds = [f"{name} {_bytes(dataset[name])}" for name in ("pixels", "latents", "tokens") if dataset[name]]
-    source = f"images {_bytes(dataset['images'])}" if dataset["images"] else "and the images as the source has them"
-    lines.append(f"condensed dataset: {', '.join([*kinds, source])}; a node's copy to train from {_bytes(size['cache'])}")
+    kinds = [f"{name} {in_bytes(dataset[name])}" for name in ("pixels", "latents", "tokens") if dataset[name]]
+    source = f"images {in_bytes(dataset['images'])}" if dataset["images"] else "and the images as the source has them"
+    lines.append(f"condensed dataset: {', '.join([*kinds, source])}; a node's copy to train from {in_bytes(size['cache'])}")
     if found["in_training"]:
         lines.append(f"  encoded while training: {', '.join(found['in_training'])}")
     if each["tokens"]:
-        pixels = f"{_bytes(other['pixels'])} of pixels"
+        pixels = f"{in_bytes(other['pixels'])} of pixels"
         lines.append(
-            f"  vision tokens stored: {_bytes(other['tokens_int8'])} in int8, {_bytes(other['tokens_bf16'])} in bf16 ({_bytes(other['tokens_bf16_a_flip'])} a flip); "
+            f"  vision tokens stored: {in_bytes(other['tokens_int8'])} in int8, {in_bytes(other['tokens_bf16'])} in bf16 ({in_bytes(other['tokens_bf16_a_flip'])} a flip); "
             f"encoded while training: none of that, but {pixels} (attach.vision.encode=training)"
         )
     lines.append(
-        f"checkpoint: {_bytes(size['checkpoint'])}, {_bytes(size['checkpoints'])} for all that are kept; model folder {_bytes(size['model'])}"
+        f"checkpoint: {in_bytes(size['checkpoint'])}, {in_bytes(size['checkpoints'])} for all that are kept; model folder {in_bytes(size['model'])}"
     )
     return lines
-
-
-def _bytes(count: float) -> str:
-    """Bytes in decimal units, as disks are sold and papers count."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.4g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
-    return f"{count:.0f} bytes"

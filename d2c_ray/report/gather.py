@@ -38,6 +38,14 @@ class Arm:
     def total_seconds(self) -> float:
         return sum(value for value in self.seconds.values() if value is not None)
 
+    @property
+    def planned_beside_actual(self) -> tuple[float, float] | None:
+        """Seconds that were planned of the stages that were planned, and that these took; None where none was."""
+        both = [
+            (planned, took) for stage, took in self.seconds.items() if took is not None and (planned := self.planned.get(stage)) is not None
+        ]
+        return (sum(planned for planned, _ in both), sum(took for _, took in both)) if both else None
+
 
 def arms(plan: Plan) -> list[Arm]:
     """Every arm of a finished plan, in the order of the configuration."""

@@ -193,3 +193,11 @@ def _with_agreement(metrics: dict[str, Any], part: str, key: str) -> dict[str, A
 
 def _share(value: float | None) -> str:
     return NONE if value is None else f"{value:.2%}"
+
+
+def in_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks are sold and papers count."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.4g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+    return f"{count:.0f} bytes"

@@ -297,6 +297,6 @@ def forecast_lines(found: dict[str, Any]) -> list[str]:
     ]
     size = found["bytes"]
     said.append(
-        f"bytes: {sum(size.values()) / 2**30:,.2f} GiB ({', '.join(f'{name} {value / 2**30:,.2f}' for name, value in size.items())})"
+        f"bytes: {numbers.in_bytes(sum(size.values()))} ({', '.join(f'{name} {numbers.in_bytes(value)}' for name, value in size.items() if value)})"
     )
     return said + [f"assumed: {text}" for text in found["assumed"]]
