@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from d2c_ray import logs
-from d2c_ray.errors import Stopped, UserError, shown
+from d2c_ray.errors import Stopped, UserError, redacted, shown
 
 COMMANDS = {
     "run": (
@@ -700,18 +700,17 @@ def main(argv: list[str] | None = None) -> None:
         from d2c_ray.pipeline import unwrap
 
         found: Any = unwrap(error)
-        if found is None and logs.as_json():
-            import traceback
+        if found is not None:
+            _fail(found)
+        import traceback
 
-            logs.say(f"{type(error).__name__}: {error}", "error", traceback="".join(traceback.format_exception(error)))
-            sys.exit(1)
-        if found is None:
-            raise
-        _fail(found)
+        whole = redacted("".join(traceback.format_exception(error)))
+        logs.say(redacted(f"{type(error).__name__}: {error}"), "error", plain=whole.rstrip(), traceback=whole)
+        sys.exit(1)
 
 
 def _fail(error: UserError) -> None:
-    logs.say(shown(str(error)), "error")
+    logs.say(shown(redacted(str(error))), "error")
     sys.exit(2)
 
 

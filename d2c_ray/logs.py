@@ -15,6 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+from d2c_ray.errors import redacted
+
 
 @dataclass(frozen=True)
 class About:
@@ -95,8 +97,8 @@ class Formatter(logging.Formatter):
     """Records of Python's logging in the same shape, with `logger`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        more = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
-        return line(record.getMessage(), record.levelname.lower(), here(), record.created, logger=record.name, **more)
+        more = {"traceback": redacted(self.formatException(record.exc_info))} if record.exc_info else {}
+        return line(redacted(record.getMessage()), record.levelname.lower(), here(), record.created, logger=record.name, **more)
 
 
 class _Handler(logging.StreamHandler):

@@ -18,7 +18,7 @@ from typing import Any
 from d2c_ray import logs, metrics, progress, tracking, watch
 from d2c_ray import plan as plans
 from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, pools, to_yaml
-from d2c_ray.errors import Stopped, UserError, nearest, no_room
+from d2c_ray.errors import Stopped, UserError, nearest, no_room, redacted
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
@@ -237,7 +237,7 @@ def _make(node: Node, share: int, status: "Status") -> None:
         )  # fmt: skip
     except BaseException as error:
         with suppress(UserError):  # on a full disk the status cannot be written either
-            status.set(node, "failed", f"{type(error).__name__}: {error}")
+            status.set(node, "failed", redacted(f"{type(error).__name__}: {error}"))
         raise
     status.set(node, "done")
 
@@ -389,7 +389,11 @@ class Status:
                 yield
         except BaseException as error:
             failed = isinstance(error, Exception)
-            end = {"state": "failed", "error": str(unwrap(error) or f"{type(error).__name__}: {error}")} if failed else {"state": "stopped"}
+            end = (
+                {"state": "failed", "error": redacted(str(unwrap(error) or f"{type(error).__name__}: {error}"))}
+                if failed
+                else {"state": "stopped"}
+            )
             raise
         finally:
             self._run |= end

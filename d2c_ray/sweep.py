@@ -32,7 +32,7 @@ from d2c_ray import forecast as forecasts
 from d2c_ray import plan as plans
 from d2c_ray.config import Config, SweepConfig, from_dict, to_dict, to_yaml
 from d2c_ray.data import tables
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, redacted
 from d2c_ray.plan import Node, Plan
 from d2c_ray.repeating import repeating
 from d2c_ray.report import gather, outcomes
@@ -319,14 +319,15 @@ def _complete(config: Config, options: SweepConfig, context: Context, given: dic
             if images < stops[-1]:
                 tell({**dict.fromkeys(options.metrics, math.nan), **record["reports"][-1]})
     except UserError as error:  # which would only come again
-        outcomes.write_record(folder, {**record, "state": FAILED, "error": str(error)})
+        outcomes.write_record(folder, {**record, "state": FAILED, "error": redacted(str(error))})
         return None
     except Exception as error:
         found = pipeline.unwrap(error)
         if found is None:  # it may not come again; what it was is kept for when it always does
-            outcomes.write_record(folder, {**record, "error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"})
+            last = redacted((str(error).strip().splitlines() or [""])[-1])
+            outcomes.write_record(folder, {**record, "error": f"{type(error).__name__}: {last}"})
             raise
-        outcomes.write_record(folder, {**record, "state": FAILED, "error": str(found)})
+        outcomes.write_record(folder, {**record, "state": FAILED, "error": redacted(str(found))})
         return None
     return record["reports"][-1]
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import DEBUG, ROOT
 
-from d2c_ray import cli
+from d2c_ray import cli, logs
 
 
 def d2c(*args: str) -> subprocess.CompletedProcess:
@@ -73,14 +73,33 @@ def test_a_mistake_is_one_line_and_exit_status_2() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_broken_pipe_is_only_passed_over_where_it_is_that_of_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("format", ["plain", "json"])
+def test_what_a_library_raises_is_told_whole_and_without_credentials(
+    format: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*words: object) -> None:
+        raise ConnectionError("no answer of http://me:marked@bucket:9000/x?token=marked")
+
+    monkeypatch.setattr(cli, "_run", refused)
+    monkeypatch.setattr(logs, "_process", logs.About(format=format))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["run", "configs/quickstart.yaml"])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "Traceback (most recent call last)" in said and "no answer of http://***@bucket:9000" in said
+    assert "marked" not in said
+
+
+def test_a_broken_pipe_is_only_passed_over_where_it_is_that_of_the_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def gone(*words: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr(cli, "_run", gone)
-    with pytest.raises(RuntimeError, match="has ended") as found:
+    with pytest.raises(SystemExit) as end:
         cli.main(["run", "configs/quickstart.yaml"])
-    assert isinstance(found.value.__cause__, BrokenPipeError)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "BrokenPipeError" in said and "a process that this one talks to has ended" in said
     done = subprocess.run(
         f"{sys.executable} -m d2c_ray.cli config configs/quickstart.yaml | true", shell=True, cwd=ROOT, capture_output=True, text=True
     )
