@@ -488,6 +488,7 @@ def unwrap(error: BaseException) -> UserError | None:
             found.__cause__,
             found.__context__,
             getattr(found, "cause", None),
+            getattr(found, "controller_failure", None),  # of Ray Train, which writes its index of checkpoints there
             *(failures.values() if isinstance(failures, dict) else []),
         ]
     return None

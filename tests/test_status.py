@@ -223,6 +223,16 @@ def test_it_needs_neither_ray_nor_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == "[]"
 
 
+def test_a_full_disk_is_found_in_what_ray_train_makes_of_it() -> None:
+    from ray.train import ControllerError, WorkerGroupError
+
+    for error in (OSError(errno.ENOSPC, "Error writing bytes to file"), UserError("no room is left on the disk of x")):
+        for wrapped in (ControllerError(error), WorkerGroupError("one failed", {0: error})):
+            found = pipeline.unwrap(wrapped)
+            assert found is not None and "no room is left" in str(found)
+        assert pipeline.unwrap(ControllerError(ValueError("another"))) is None
+
+
 def test_what_a_stage_waits_for_is_said(debug_config) -> None:
     plan = pipeline.run(debug_config(), "manifest", **SILENT)
     (teacher,) = plan.of("teacher")
