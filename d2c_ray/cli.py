@@ -70,7 +70,7 @@ COMMANDS = {
     ),
     "submit": (
         "Run the pipeline, one stage or a sweep as a job on a Ray cluster: upload this folder, follow the log, exit as the job did.",
-        "d2c submit configs/imagenet256_sit_l_10k.yaml data.path=s3://bucket/imagenet run.dir=/shared/runs",
+        "d2c submit configs/imagenet256_sit_l_10k.yaml data.path=s3://bucket/imagenet data.classes=wordnet run.dir=/shared/runs",
     ),
     "status": (
         "Say how far a run is, from its folder alone (local, or a copy on s3://): no cluster is asked.",

@@ -850,7 +850,7 @@ def test_the_commands_help_submits_what_a_cluster_without_packages_of_weights_ca
     job = submit.prepare(str(ROOT / path), overrides, "run", str(ROOT), [], [])
     loaded = config.load(ROOT / path, overrides)
     assert job.metadata["run"].startswith("/shared/runs/") and loaded.data.path.startswith("s3://")
-    assert loaded.attach.text.encoder != "minilm"
+    assert loaded.attach.text.encoder != "minilm" and loaded.data.classes == "wordnet", "text needs words"
     assert loaded.resources.autoscaling is False or loaded.resources.actors
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import runpy
 import secrets
 import shutil
 import socket
@@ -11,20 +12,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pytest
 import ray
 import requests
 from aiohttp import web
 from conftest import DEBUG, ROOT
+from drilling import Drill, contents
 from test_refusals import model_folder
 
 from d2c_ray import cli
 from d2c_ray.config import StorageConfig, load
+from d2c_ray.data import tables
 from d2c_ray.distributed import submit
 from d2c_ray.errors import UserError
 from d2c_ray.report import status
@@ -113,13 +118,43 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
                 note.unlink()
 
 
-def test_each_end_of_a_job_has_its_exit_status(head: Head, tmp_path: Path) -> None:
-    """Three at once: one that succeeds; one that only the data shows to be wrong; and Ray's own command with the script of jobs/."""
+def rays_own(head: Head, *words: str) -> subprocess.Popen:
+    """`ray job ...` itself."""
+    name, *rest = words
+    return head.start("-m", "ray.scripts.scripts", "job", name, "--address", head.address, *rest)
+
+
+def submitted(head: Head, *script: str, name: str = "") -> subprocess.Popen:
+    """Ray's own command with a script of jobs/."""
+    named = ("--submission-id", name) if name else ()
+    return rays_own(head, "submit", *named, "--working-dir", str(ROOT), "--", "python", *script)
+
+
+def driver_of(mark: str) -> psutil.Process:
+    """The Python process of a job that has `mark` in its words, and not a shell around it."""
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                words = process.cmdline()
+                if "jobs/pipeline.py" in words and mark in words and "job" not in words and "python" in Path(words[0]).name:
+                    return process
+        time.sleep(0.05)
+    raise AssertionError("the job's driver did not come")
+
+
+@pytest.mark.drill("ray job: exit statuses")
+def test_each_end_of_a_job_has_its_exit_status(head: Head, tmp_path: Path, drill: Drill) -> None:
+    """By `d2c submit` one that succeeds and one that only the data shows to be wrong; by Ray's own command one that succeeds and one
+    whose driver is killed. Then what is refused: a configuration in the job, and a name that is taken."""
     mine = ("-m", "d2c_ray.cli", "submit", CONFIG, "--address", head.address, f"run.dir={tmp_path}")
     done = head.start(*mine, "--stage", "manifest", "--submission-id", "first", "--metadata", "who=tests")
     failed = head.start(*mine, "run.name=failed", "select.budget=121")
-    script = ("python", "jobs/pipeline.py", CONFIG, f"run.dir={tmp_path}", "train.lrr=3")
-    wrong = head.start("-m", "ray.scripts.scripts", "job", "submit", "--address", head.address, "--working-dir", str(ROOT), "--", *script)
+    plain = submitted(head, "jobs/pipeline.py", "manifest", CONFIG, "resources.address=auto", f"run.dir={tmp_path}", "run.name=plain")
+    killed = submitted(head, "jobs/pipeline.py", CONFIG, "resources.address=auto", f"run.dir={tmp_path}", "run.name=killed", name="killed")
+    driver = driver_of("run.name=killed")
+    wait_until(lambda: (tmp_path / "killed" / "status.json").is_file(), killed)
+    driver.kill()
 
     out = ended(done, 0)
     assert re.search(r"manifest \(student\): .*120 rows", out), "its log"
@@ -131,10 +166,31 @@ def test_each_end_of_a_job_has_its_exit_status(head: Head, tmp_path: Path) -> No
     found = status.read(str(tmp_path / "failed"), StorageConfig())
     assert found["state"] == "failed" and "there are 120" in found["error"]
 
-    out, _ = wrong.communicate(timeout=120)
-    assert wrong.returncode != 0 and "unknown configuration key 'train.lrr'" in out
+    assert re.search(r"manifest \(student\): .*120 rows", ended(plain, 0))
+    assert "killed' failed" in ended(killed, 1), "Ray's own command ends with 1 whatever the job ended with"
+    assert job_info(head, "killed")["driver_exit_code"] in (-9, 137), "the signal, or what a shell says of it"
 
-    assert "there is a job of that name (SUCCEEDED)" in ended(head.start(*mine, "--submission-id", "first"), 2)
+    before = contents(tmp_path / "plain")
+    wrong = submitted(head, "jobs/pipeline.py", CONFIG, f"run.dir={tmp_path}", "run.name=plain", "train.lrr=3", name="wrong")
+    taken = head.start(*mine, "--submission-id", "first")
+    assert "unknown configuration key 'train.lrr'" in ended(wrong, 1)
+    assert job_info(head, "wrong")["driver_exit_code"] == 2
+    assert "there is a job of that name (SUCCEEDED)" in ended(taken, 2)
+    drill.refused(before, contents(tmp_path / "plain"))
+
+
+def job_info(head: Head, name: str) -> dict:
+    answer = requests.get(f"{head.address}/api/jobs/{name}", headers={"Authorization": f"Bearer {head.token}"}, timeout=30)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < until, "it never came to that"
+        time.sleep(0.05)
 
 
 def test_a_wrong_token_and_none(head: Head, tmp_path: Path) -> None:
@@ -147,46 +203,76 @@ def test_a_wrong_token_and_none(head: Head, tmp_path: Path) -> None:
     assert not (tmp_path / "debug").exists()
 
 
-def test_a_stopped_job_goes_on_where_it_stopped(head: Head, tmp_path: Path) -> None:
+@pytest.mark.drill("ray job stop, submitted again")
+def test_a_stopped_job_goes_on_where_it_stopped(head: Head, tmp_path: Path, drill: Drill) -> None:
+    """Stopped while it scores, it ends with the content of one that ran beside it and was not stopped."""
     slow = (
         "data.limit_per_class=52",
         "data.rows_per_shard=64",
         "score.num_timesteps=64",
         "score.device_batch=8",
         "resources.rows_per_task=16",
+        "resources.actors=1",
+        "run.name=debug",
+        f"teacher.checkpoint={model_folder(tmp_path / 'teacher')}",
     )
-    mine = (
-        "-m", "d2c_ray.cli", "submit", CONFIG, "--address", head.address, "--stage", "score", f"run.dir={tmp_path}", "resources.actors=1",
-        f"teacher.checkpoint={model_folder(tmp_path / 'teacher')}", *slow,
-    )  # fmt: skip
+    folder, twin = tmp_path / "stopped" / "debug", tmp_path / "undisturbed" / "debug"
+    mine = ("-m", "d2c_ray.cli", "submit", CONFIG, "--address", head.address, "--stage", "attach", f"run.dir={folder.parent}", *slow)
     process = head.start(*mine, "--submission-id", "stopped")
+    undisturbed = submitted(head, "jobs/pipeline.py", "attach", CONFIG, "resources.address=auto", f"run.dir={twin.parent}", *slow)
 
     def parts() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in (tmp_path / "debug").glob("scores-*/part-*.parquet")}
+        return {path: path.stat().st_mtime_ns for path in folder.glob("scores-*/part-*.parquet")}
 
-    until = time.monotonic() + 120
-    while len(parts()) < 2:
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < until, "no shard came"
-        time.sleep(0.05)
-    assert status.read(str(tmp_path / "debug"), StorageConfig())["state"] == "running"
-    # What `ray job stop` sends.
-    requests.post(f"{head.address}/api/jobs/stopped/stop", headers={"Authorization": f"Bearer {head.token}"}, timeout=30).raise_for_status()
+    wait_until(lambda: len(parts()) >= 2, process)
+    assert status.read(str(folder), StorageConfig())["state"] == "running"
+    ended(rays_own(head, "stop", "stopped"), 0)
     ended(process, submit.STOPPED)
     assert submit.STOPPED == cli.STOPPED
-    before, found = parts(), status.read(str(tmp_path / "debug"), StorageConfig())
+    before, found = parts(), status.read(str(folder), StorageConfig())
     (score,) = [stage for stage in found["stages"] if stage["stage"] == "score"]
     assert found["state"] == score["state"] == "stopped"
     assert 128 <= score["done"] < score["total"] == 520
 
     ended(head.start(*mine), 0)
+    ended(undisturbed, 0)
     assert {path: parts()[path] for path in before} == before, "finished rows are not made again"
-    (record,) = (tmp_path / "debug").glob("scores-*/_SUCCESS.json")
+    (record,) = folder.glob("scores-*/_SUCCESS.json")
     assert json.loads(record.read_text())["rows_done"] == 520
-    assert status.read(str(tmp_path / "debug"), StorageConfig())["state"] == "done"
+    assert status.read(str(folder), StorageConfig())["state"] == "done"
+    for stage in ("manifest", "scores", "selection"):
+        assert table(folder, stage).equals(table(twin, stage)), stage
+    made = {path.relative_to(folder): path.read_bytes() for path in folder.glob("condensed-*/part-*.parquet")}
+    assert made == {path.relative_to(twin): path.read_bytes() for path in twin.glob("condensed-*/part-*.parquet")} and made
+    ids = [table(run, "scores").column("sample_id").to_pylist() for run in (folder, twin)]
+    drill.measured(*ids, None)
+
+
+def table(folder: Path, stage: str) -> pa.Table:
+    return tables.read(sorted(folder.glob(f"{stage}-*/part-*.parquet")))
 
 
 # Without a cluster
+
+
+@pytest.mark.parametrize("script", ["pipeline", "sweep"])
+def test_the_scripts_say_how_they_are_submitted(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command lines above a script are ones that it takes, and fit a job: a file that is there, a cluster, a run folder that stays."""
+    text = (ROOT / "jobs" / f"{script}.py").read_text()
+    lines = re.findall(r"^ +ray job submit --working-dir \. -- python (.*)$", text, re.MULTILINE)
+    assert len(lines) == {"pipeline": 2, "sweep": 1}[script]
+    for line in lines:
+        called: list[list[str]] = []
+        path, *words = line.replace(" key=value", "").split()
+        assert path == f"jobs/{script}.py"
+        monkeypatch.setattr(sys, "argv", [path, *words])
+        monkeypatch.setattr(cli, "main", called.append)
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+        ((command, file, *overrides),) = called
+        assert command in cli.COMMANDS and command == {"pipeline": words[0] if len(words) == 4 else "run", "sweep": "sweep"}[script]
+        given = load(ROOT / file, overrides)
+        assert given.resources.address == "auto" and given.run.dir.startswith("/")
+        submit.prepare(str(ROOT / file), overrides, command, str(ROOT), [], [])
 
 
 def refused(
