@@ -29,7 +29,7 @@ from test_tar import pack, walked
 
 from d2c_ray import config, errors, tracking
 from d2c_ray.config import DataConfig, StorageConfig, TrackingConfig
-from d2c_ray.data import export, image_sets, manifest, reference_stats, samples, storage, tables, units
+from d2c_ray.data import at_hand, export, image_sets, manifest, reference_stats, samples, storage, tables, units, verify
 from d2c_ray.data.decode import Undecodable, decode, decode_whole
 from d2c_ray.errors import UserError
 from d2c_ray.models import hub
@@ -543,6 +543,31 @@ def test_an_archive_that_unpacks_to_more_than_it_should_is_not_unpacked(tmp_path
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 << 20
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{name:>300000000}", "{name!r:>9}", "{first:9}", "{0}", "{name.__class__}", "{name[0]}", "{", "}", "{{name}", "{name}" * 500_000],
+)
+def test_a_strangers_prompt_takes_no_memory(template: str) -> None:
+    tracemalloc.start()
+    assert verify._prompt({"template": template}, "cat, tabby") is None
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+    if len(template) < 100:
+        with pytest.raises(UserError, match=r"the only fields, just so|so every class would get the same text"):
+            config.load(None, ["attach.text.encoder=minilm", f"attach.text.template='{{name}} {template}'"])
+    assert verify._prompt({"template": "{{a}} {name}: {first}"}, "cat, tabby") == "{a} cat, tabby: cat"
+
+
+def test_a_strangers_sizes_take_no_memory() -> None:
+    stated = {"encoder": "dinov2-b", "image_size": 5000, "storage": "int8", "precision": "fp32", "device_batch": 10**9}
+    with pytest.raises(UserError, match="5,000 pixels a side; up to 2,048"):
+        at_hand.vision(stated, 16)
+    with pytest.raises(UserError, match="5,000 pixels a side; up to 2,048"):
+        at_hand.vae({"data": {"image_size": 5000}, "vae": {"path": "x", "subfolder": "", "precision": "fp32", "device_batch": 8}})
+    assert at_hand._device_batch(stated, 512) == 256
+    assert at_hand._device_batch({"device_batch": 32}, 896) == 32
 
 
 # Credentials.
