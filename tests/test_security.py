@@ -6,6 +6,7 @@ runs (test_security_run).
 """
 
 import ast
+import hashlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +34,8 @@ from d2c_ray.config import DataConfig, StorageConfig, TrackingConfig
 from d2c_ray.data import at_hand, export, image_sets, manifest, reference_stats, samples, storage, tables, units, verify
 from d2c_ray.data.decode import Undecodable, decode, decode_whole
 from d2c_ray.errors import UserError
-from d2c_ray.models import hub
+from d2c_ray.models import frozen, hub
+from d2c_ray.report import gather, summary
 
 # Calls that run what they read, or hand it to a shell, and where each stands and why it may.
 ALLOWED = {
@@ -353,6 +356,63 @@ def test_class_folders_of_an_export_are_single_names() -> None:
 def test_what_a_key_holds_does_not_steer_the_terminal() -> None:
     assert errors.shown("\x1b]0;owned\x07\x9b2J\r\u202ex\nnext\té 🦩") == "\\x1b]0;owned\\x07\\x9b2J\\r\\u202ex\nnext\té 🦩"
     assert errors.shown("\udcff") == "\\udcff"
+
+
+@pytest.mark.parametrize("name", ["[/b]", "[red]cat[/red]", "[link=http://evil]cat[/link]", "tench [fish]", "\x1b]0;owned\x07\x1b[2J"])
+def test_names_of_classes_in_tables_are_text(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "name": name,
+        "label": 0,
+        "size": 1,
+        "quota": 1,
+        "shortfall": 0,
+        **dict.fromkeys(("nominal_f", "deepest_rank", "score_min", "score_max")),
+    }
+    monkeypatch.setattr(gather, "selection_classes", lambda node, most: (1, [row]))
+    summary.print_selection(None)
+    told = capsys.readouterr().out
+    assert errors.shown(name) in told
+    assert "\x1b" not in told
+
+
+def test_names_of_classes_in_a_models_card_are_text() -> None:
+    from d2c_ray.models import export as models
+    from d2c_ray.models.transformer import Transformer, TransformerSpec
+
+    spec = TransformerSpec("sit", 8, 1, 2, 1, 32, 1, 2)
+    names = ["<img src=x onerror=alert(1)>\n\n# Injected\n\n[log in](https://evil.example)", "cat"]
+    card = models._card(
+        SimpleNamespace(spec=spec, network=Transformer(spec), meta={"class_names": names, "labels": None, "images": 1}),
+        "ema",
+        False,
+        False,
+        False,
+    )
+    listed = card[card.index("## Classes") :]
+    assert "\n# Injected" not in listed and "<img" not in listed.replace("\\<img", "") and "](" not in listed
+    assert "1. cat" in listed
+
+
+def test_no_cell_of_a_table_is_a_formula() -> None:
+    out = io.StringIO()
+    write = export._csv(out, "file_name", "sample_id", "name")
+    write(("a/1.jpg", -1, "=cmd|'/c calc'!A0"))
+    write(("@x", 2, "cat"))
+    assert out.getvalue() == "file_name,sample_id,name\na/1.jpg,-1,'=cmd|'/c calc'!A0\n'@x,2,cat\n"
+
+
+def test_only_the_hubs_own_cache_says_what_a_file_hashes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    blob = tmp_path / "hub" / "models--a--b" / "blobs" / ("a" * 64)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"weights")
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(blob)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other"))
+    assert frozen.file_hash(link) == hashlib.sha256(b"weights").hexdigest()[:16]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert frozen.file_hash(link) == "a" * 16
 
 
 def test_shards_of_weights_lie_beside_their_index(tmp_path: Path) -> None:
