@@ -687,12 +687,8 @@ def check(config: Config) -> None:
         template = config.attach.text.template
         if "{name}" not in template and "{first}" not in template:
             raise UserError(f"attach.text.template='{template}' has no {{name}} (or {{first}}), so every class would get the same text.")
-        try:
-            template.format(name="name", first="first")
-        except (KeyError, IndexError, ValueError) as error:
-            raise UserError(
-                f"attach.text.template='{template}' cannot be filled in ({error!r}); {{name}} and {{first}} are the only fields."
-            ) from None
+        if not fillable(template):
+            raise UserError(f"attach.text.template='{template}' cannot be filled in; {{name}} and {{first}} are the only fields, just so.")
     if not config.storage.timeout_sec > 0:
         raise UserError(f"storage.timeout_sec={config.storage.timeout_sec} must be above 0.")
     if config.score.cache_latents and not config.vae.path:
@@ -777,6 +773,11 @@ def _texts(values: Any, where: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(value, f"{where}.{name}".strip("."))
     elif isinstance(values, str):
         yield where or "the configuration", values
+
+
+def fillable(template: str) -> bool:
+    """Whether a prompt's template has no fields but {name} and {first}, bare: with a width, {name:>9}, one takes as much memory as it says."""
+    return not re.search(r"[{}]", re.sub(r"\{(?:name|first)\}|\{\{|\}\}", "", template))
 
 
 def _check_sample(config: Config) -> None:

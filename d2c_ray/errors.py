@@ -51,6 +51,11 @@ def shown(text: str) -> str:
     )
 
 
+def in_markdown(value: object) -> str:
+    """Words that are not ours, so that Markdown and HTML show them as they are: on one line, nothing in them acts."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~$&@:])", r"\\\1", " ".join(str(value).split()))
+
+
 def redacted(text: str) -> str:
     """A text without the credentials in it: user names and passwords of URLs, with a scheme or without, and tokens of their queries.
 

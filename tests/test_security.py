@@ -6,6 +6,7 @@ runs (test_security_run).
 """
 
 import ast
+import hashlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -29,67 +31,136 @@ from test_tar import pack, walked
 
 from d2c_ray import config, errors, tracking
 from d2c_ray.config import DataConfig, StorageConfig, TrackingConfig
-from d2c_ray.data import export, image_sets, manifest, reference_stats, samples, storage, tables, units
+from d2c_ray.data import at_hand, export, image_sets, manifest, reference_stats, samples, storage, tables, units, verify
 from d2c_ray.data.decode import Undecodable, decode, decode_whole
 from d2c_ray.errors import UserError
-from d2c_ray.models import hub
+from d2c_ray.models import frozen, hub
+from d2c_ray.report import gather, summary
 
 # Calls that run what they read, or hand it to a shell, and where each stands and why it may.
 ALLOWED = {
-    ("d2c_ray/__init__.py", "import_module"): "names of its own table",
-    ("d2c_ray/pipeline.py", "import_module"): "stages of its own table",
-    ("d2c_ray/models/frozen.py", "import_module"): "packages of its own table",
+    ("d2c_ray/__init__.py", "importlib.import_module"): "names of its own table",
+    ("d2c_ray/pipeline.py", "importlib.import_module"): "stages of its own table",
+    ("d2c_ray/models/frozen.py", "importlib.import_module"): "packages of its own table",
     ("d2c_ray/models/networks.py", "torch.jit.load"): "clean-fid's file by its SHA-256, or one named on purpose as evaluate.inception",
+    (
+        "d2c_ray/models/hub.py",
+        "transformers_class(class_name).from_pretrained with arguments of a variable",
+    ): "the keywords of our own callers",
     ("d2c_ray/models/published.py", "torch.serialization.safe_globals"): "argparse.Namespace, which holds values and no code",
-    ("d2c_ray/data/tables.py", "pq.ParquetFile"): "opened(), which refuses extension types",
-    ("d2c_ray/data/tables.py", "pq.read_table"): "read(), which refuses extension types",
-    ("d2c_ray/data/verify.py", "pq.ParquetFile"): "every column is of the type it should be, and of no extension type, or a fault",
+    ("d2c_ray/data/tables.py", "pyarrow.parquet.ParquetFile"): "opened(), which refuses extension types",
+    ("d2c_ray/data/tables.py", "pyarrow.parquet.read_table"): "read(), which refuses extension types",
+    (
+        "d2c_ray/data/verify.py",
+        "pyarrow.parquet.ParquetFile",
+    ): "every column is of the type it should be, and of no extension type, or a fault",
     ("d2c_ray/rundir.py", "subprocess.run"): "git of its own checkout, no word of it from outside",
     ("d2c_ray/report/card.py", "autoescape=False"): "Markdown, where text() and code() escape what is not ours",
-    ("d2c_ray/data/generated.py", "Image.open"): "PNGs that this run has just made",
-    ("d2c_ray/tracking.py", "Image.open"): "a preview that this run has just made",
+    ("d2c_ray/data/generated.py", "PIL.Image.open"): "PNGs that this run has just made",
+    ("d2c_ray/tracking.py", "PIL.Image.open"): "a preview that this run has just made",
 }
-OF_BENCHMARKS = {"subprocess.run", "subprocess.Popen", "Image.open", "pq.read_table"}  # start themselves and read files of their own
+OF_BENCHMARKS = {
+    "subprocess.run",
+    "subprocess.Popen",
+    "PIL.Image.open",
+    "pyarrow.parquet.read_table",
+}  # start themselves and read files of their own
 SAFE = {  # of templates: made here by matplotlib, which escapes what it draws
     "histogram", "curves", "plot", "figures.budget", "figures.cost", "figures.strengths",
 }  # fmt: skip
 PICKLES = ("pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "jsonpickle")
 FORBIDDEN = {
-    "eval", "exec", "compile", "__import__", "import_module", "os.system", "os.popen", "tempfile.mktemp", "torch.jit.load", "torch.hub.load",
+    "eval", "exec", "compile", "__import__", "importlib.import_module", "os.system", "os.popen", "tempfile.mktemp", "torch.jit.load", "torch.hub.load",
     "torch.package.PackageImporter", "torch.serialization.safe_globals", "torch.serialization.add_safe_globals", "yaml.load", "yaml.full_load",
-    "yaml.unsafe_load", "yaml.load_all", "pq.ParquetFile", "pq.read_table", "pq.ParquetDataset", "ray.data.read_parquet", "shutil.unpack_archive", "pandas.read_pickle", "pd.read_pickle", "ssl._create_unverified_context",
+    "yaml.unsafe_load", "yaml.load_all", "pyarrow.parquet.ParquetFile", "pyarrow.parquet.read_table", "pyarrow.parquet.ParquetDataset",
+    "ray.data.read_parquet", "ray.tune.ExperimentAnalysis", "shutil.unpack_archive", "pandas.read_pickle", "ssl._create_unverified_context",
 }  # fmt: skip
 METHODS = {"extractall", "extract", "restore", "read_pickle"}  # of tarfile, zipfile, Tuner, whatever the object is called
+BY_ARGUMENT = {"torch.load", "numpy.load", "PIL.Image.open"}  # what they are given decides
+HARMLESS = {"allow_pickle": False, "trust_remote_code": False, "shell": False, "verify": True, "autoescape": True}
+MODULES = {
+    "os",
+    "builtins",
+    "importlib",
+    "subprocess",
+    "torch",
+    "numpy",
+    "yaml",
+    "shutil",
+}  # of which nothing is looked up by a name in a variable
+USUAL = {"np": "numpy", "pd": "pandas", "pq": "pyarrow.parquet", "Image": "PIL.Image", "tune": "ray.tune"}
+
+
+def imported(tree: ast.Module) -> dict[str, str]:
+    """What the names that a file imports stand for, wherever in it that is."""
+    found = dict(USUAL)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {
+                alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0] for alias in node.names
+            }
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def resolved(node: ast.expr, names: dict[str, str]) -> str:
+    """The full dotted name of what an expression names; of `x().load`, what stands there."""
+    first, dot, rest = ast.unparse(node).partition(".")
+    return f"{names.get(first, first)}{dot}{rest}".removeprefix("builtins.")
+
+
+def arguments(call: ast.Call) -> dict[str | None, object]:
+    """Keyword arguments with their values, ... where a value is not written out; None where some are in a variable."""
+    found: dict[str | None, object] = {}
+    for keyword in call.keywords:
+        if keyword.arg is None and isinstance(keyword.value, ast.Dict):
+            pairs = zip(keyword.value.keys, keyword.value.values, strict=True)
+            found |= {getattr(key, "value", None): getattr(value, "value", ...) for key, value in pairs}
+        else:
+            found[keyword.arg] = keyword.value.value if isinstance(keyword.value, ast.Constant) else ...
+    return found
 
 
 def dangers(code: str) -> Iterator[str]:
     """The calls and imports of a source text that need a reason."""
-    for node in ast.walk(ast.parse(code)):
+    tree = ast.parse(code)
+    names = imported(tree)
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            names += [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
-            yield from (name for name in names if any(part in PICKLES for part in name.split(".")))
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func).removeprefix("importlib.")
-        given = {keyword.arg: keyword.value.value if isinstance(keyword.value, ast.Constant) else ... for keyword in node.keywords}
-        if name in FORBIDDEN or name.startswith(("subprocess.", "os.exec", "os.spawn")):
-            yield name
-        if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
-            yield name
-        if name == "torch.load" and given.get("weights_only") is not True:
-            yield "torch.load without weights_only=True"
-        if name == "Image.open" and "formats" not in given:
-            yield name
-        for argument, harmless in {
-            "allow_pickle": False,
-            "trust_remote_code": False,
-            "shell": False,
-            "verify": True,
-            "autoescape": True,
-        }.items():
-            if given.get(argument, harmless) != harmless:
-                yield f"{argument}={given[argument]}"
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            modules += [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+            yield from (name for name in modules if any(part in PICKLES for part in name.split(".")))
+        elif isinstance(node, ast.Call):
+            yield from _of_call(node, names)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in called:
+            name = resolved(node, names)  # handed on, to be called elsewhere
+            if name in (FORBIDDEN | BY_ARGUMENT) - {"compile"}:  # a field of ours is called that, too
+                yield name
+
+
+def _of_call(node: ast.Call, names: dict[str, str]) -> Iterator[str]:
+    name, given = resolved(node.func, names), arguments(node)
+    if name in FORBIDDEN or name.startswith(("subprocess.", "os.exec", "os.spawn")):
+        yield name
+    if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+        yield name
+    if name == "torch.load" and given.get("weights_only") is not True:
+        yield "torch.load without weights_only=True"
+    if name == "PIL.Image.open" and "formats" not in given:
+        yield name
+    if name == "numpy.load" and len(node.args) > 2:
+        yield "allow_pickle by its place"
+    if None in given and (name in BY_ARGUMENT or name.endswith(".from_pretrained")):
+        yield f"{name} with arguments of a variable"
+    if name == "getattr" and resolved(node.args[0], names) in MODULES:
+        wanted = f"{resolved(node.args[0], names)}.{getattr(node.args[1], 'value', '?')}".removeprefix("builtins.")
+        if wanted.endswith("?") or wanted in FORBIDDEN | BY_ARGUMENT or wanted.startswith(("subprocess.", "os.exec", "os.spawn")):
+            yield f"getattr of {wanted}"
+    for argument, harmless in HARMLESS.items():
+        if given.get(argument, harmless) != harmless:
+            yield f"{argument}={given[argument]}"
 
 
 def sources() -> list[Path]:
@@ -113,6 +184,15 @@ def test_nothing_that_is_read_is_run() -> None:
         "np.load(path, allow_pickle=True)", "yaml.load(text, Loader)", "archive.extractall(out)", "tune.Tuner.restore(path, work)",
         "subprocess.run(line, shell=True)", "os.system(line)", "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "pq.read_table(theirs)", "pq.ParquetFile(theirs)", "requests.get(url, verify=False)", "Image.open(path)", "Environment(autoescape=False)",
+        # Under another name
+        "from torch import load\nload(path)", "import torch as t\nt.load(path)", "from torch import jit as j\nj.load(path)", "f = eval\nf(text)", "map(exec, lines)",
+        "from subprocess import run\nrun(line)", "import subprocess as sp\nsp.Popen(line)", "from os import system as s\ns(line)", "getattr(os, 'system')(line)",
+        "from yaml import load\nload(text, Loader)", "from PIL.Image import open as o\no(path)", "from numpy import load\nload(path, allow_pickle=True)",
+        "import builtins\nbuiltins.eval(text)", "from importlib import import_module as get\nget(name)", "read = torch.load\nread(path)", "getattr(os, name)(line)",
+        "from pyarrow import parquet\nparquet.read_table(theirs)",
+        # In another way
+        "np.load(path, None, True)", "np.load(path, **more)", "AutoModel.from_pretrained(name, **{'trust_remote_code': True})", "subprocess.run(line, shell=flag)",
+        "AutoModel.from_pretrained(name, **more)", "ray.tune.ExperimentAnalysis(path)",
     ],
 )  # fmt: skip
 def test_the_test_above_sees_it(code: str) -> None:
@@ -355,6 +435,63 @@ def test_what_a_key_holds_does_not_steer_the_terminal() -> None:
     assert errors.shown("\udcff") == "\\udcff"
 
 
+@pytest.mark.parametrize("name", ["[/b]", "[red]cat[/red]", "[link=http://evil]cat[/link]", "tench [fish]", "\x1b]0;owned\x07\x1b[2J"])
+def test_names_of_classes_in_tables_are_text(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "name": name,
+        "label": 0,
+        "size": 1,
+        "quota": 1,
+        "shortfall": 0,
+        **dict.fromkeys(("nominal_f", "deepest_rank", "score_min", "score_max")),
+    }
+    monkeypatch.setattr(gather, "selection_classes", lambda node, most: (1, [row]))
+    summary.print_selection(None)
+    told = capsys.readouterr().out
+    assert errors.shown(name) in told
+    assert "\x1b" not in told
+
+
+def test_names_of_classes_in_a_models_card_are_text() -> None:
+    from d2c_ray.models import export as models
+    from d2c_ray.models.transformer import Transformer, TransformerSpec
+
+    spec = TransformerSpec("sit", 8, 1, 2, 1, 32, 1, 2)
+    names = ["<img src=x onerror=alert(1)>\n\n# Injected\n\n[log in](https://evil.example)", "cat"]
+    card = models._card(
+        SimpleNamespace(spec=spec, network=Transformer(spec), meta={"class_names": names, "labels": None, "images": 1}),
+        "ema",
+        False,
+        False,
+        False,
+    )
+    listed = card[card.index("## Classes") :]
+    assert "\n# Injected" not in listed and "<img" not in listed.replace("\\<img", "") and "](" not in listed
+    assert "1. cat" in listed
+
+
+def test_no_cell_of_a_table_is_a_formula() -> None:
+    out = io.StringIO()
+    write = export._csv(out, "file_name", "sample_id", "name")
+    write(("a/1.jpg", -1, "=cmd|'/c calc'!A0"))
+    write(("@x", 2, "cat"))
+    assert out.getvalue() == "file_name,sample_id,name\na/1.jpg,-1,'=cmd|'/c calc'!A0\n'@x,2,cat\n"
+
+
+def test_only_the_hubs_own_cache_says_what_a_file_hashes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    blob = tmp_path / "hub" / "models--a--b" / "blobs" / ("a" * 64)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"weights")
+    link = tmp_path / "model.safetensors"
+    link.symlink_to(blob)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other"))
+    assert frozen.file_hash(link) == hashlib.sha256(b"weights").hexdigest()[:16]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert frozen.file_hash(link) == "a" * 16
+
+
 def test_shards_of_weights_lie_beside_their_index(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "elsewhere.safetensors").write_bytes(b"x")
@@ -543,6 +680,31 @@ def test_an_archive_that_unpacks_to_more_than_it_should_is_not_unpacked(tmp_path
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 << 20
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{name:>300000000}", "{name!r:>9}", "{first:9}", "{0}", "{name.__class__}", "{name[0]}", "{", "}", "{{name}", "{name}" * 500_000],
+)
+def test_a_strangers_prompt_takes_no_memory(template: str) -> None:
+    tracemalloc.start()
+    assert verify._prompt({"template": template}, "cat, tabby") is None
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+    if len(template) < 100:
+        with pytest.raises(UserError, match=r"the only fields, just so|so every class would get the same text"):
+            config.load(None, ["attach.text.encoder=minilm", f"attach.text.template='{{name}} {template}'"])
+    assert verify._prompt({"template": "{{a}} {name}: {first}"}, "cat, tabby") == "{a} cat, tabby: cat"
+
+
+def test_a_strangers_sizes_take_no_memory() -> None:
+    stated = {"encoder": "dinov2-b", "image_size": 5000, "storage": "int8", "precision": "fp32", "device_batch": 10**9}
+    with pytest.raises(UserError, match="5,000 pixels a side; up to 2,048"):
+        at_hand.vision(stated, 16)
+    with pytest.raises(UserError, match="5,000 pixels a side; up to 2,048"):
+        at_hand.vae({"data": {"image_size": 5000}, "vae": {"path": "x", "subfolder": "", "precision": "fp32", "device_batch": 8}})
+    assert at_hand._device_batch(stated, 512) == 256
+    assert at_hand._device_batch({"device_batch": 32}, 896) == 32
 
 
 # Credentials.

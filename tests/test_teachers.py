@@ -483,7 +483,8 @@ def test_content_hash_follows_what_scoring_depends_on(pipe: Path, copied: Callab
     assert len(hashes) == 3
 
 
-def test_blobs_of_the_hub_are_hashed_by_name(copied: Callable[[str], Path], tmp_path: Path) -> None:
+def test_blobs_of_the_hub_are_hashed_by_name(copied: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     folder = copied("snapshot")
     path, plain = folder / "transformer" / WEIGHTS, teachers.content_hash(folder)
     content = path.read_bytes()

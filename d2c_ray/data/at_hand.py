@@ -18,21 +18,28 @@ from d2c_ray.models import vision as encoders_of_images
 
 ABSENT = (UserError, ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError)
 _MOST_AT_ONCE = 1024  # rows of a forward
+_MOST_SIDE, _MOST_PIXELS = 2048, 1 << 26  # of an image, and of a forward
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _device_batch(stated: dict[str, Any]) -> int:
-    """The batch of every forward, within what a stranger may ask of this machine's memory."""
-    return min(max(1, stated.get("device_batch", TextConfig.device_batch)), _MOST_AT_ONCE)
+def _device_batch(stated: dict[str, Any], side: int = 1) -> int:
+    """The batch of every forward, of images of so many pixels a side, within what a stranger may ask of this machine's memory.
+
+    Raises:
+        UserError: one image takes too much.
+    """
+    if side > _MOST_SIDE:
+        raise UserError(f"the provenance says images of {side:,} pixels a side; up to {_MOST_SIDE:,} are encoded")
+    return max(1, min(stated.get("device_batch", TextConfig.device_batch), _MOST_AT_ONCE, _MOST_PIXELS // max(1, side) ** 2))
 
 
 def vision(stated: dict[str, Any], grid: int) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
     """The hash of an encoder's weights at hand, and uint8 N x H x W x C to tokens, N x L x V."""
     known = ("encoder", "image_size", "storage", "precision")
-    options = VisionConfig(**{name: stated[name] for name in known}, device_batch=_device_batch(stated))
+    options = VisionConfig(**{name: stated[name] for name in known}, device_batch=_device_batch(stated, stated["image_size"]))
     with offline.only_local():
         weights, model = encoders_of_images.facts(options, grid)["weights"], encoders_of_images.load(options, grid, _device())
     return weights, lambda pixels: model.tokens(torch.from_numpy(pixels), grid).numpy()
@@ -52,7 +59,9 @@ def vae(stated: dict[str, Any]) -> tuple[str, Callable[[np.ndarray], tuple[np.nd
     given = stated.get("vae")
     if not given:
         raise UserError("the provenance names no VAE")
-    options = VaeConfig(given["path"], given["subfolder"], given["precision"], _device_batch(given))
+    options = VaeConfig(
+        given["path"], given["subfolder"], given["precision"], _device_batch(given, stated.get("data", {}).get("image_size", 1))
+    )
     with offline.only_local():
         weights, network = frozen.encoder_hash(options.path, options.subfolder), frozen.Vae(options, _device())
 

@@ -26,6 +26,7 @@ from d2c_ray.rundir import SUCCESS, UMASK, whole
 PER_SHARD = 10_000
 METADATA = "metadata.csv"  # beside the class folders
 UNLABELLED = "unlabelled"  # the class folder of images without a label
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 _BATCH_ROWS = 256
 _FOLDER_BYTES = 100  # of a class folder's name, which file systems hold to 255
 _EXTENSIONS = {
@@ -220,9 +221,10 @@ FORMS: dict[str, Callable[[Path, list[str], Path, int], int]] = {"webdataset": _
 
 
 def _csv(file: IO[str], *columns: str) -> Callable[[tuple[object, ...]], object]:
+    """Writes rows, in which a text that a spreadsheet would take for a formula has a ' before it."""
     write = csv.writer(file, lineterminator="\n").writerow
     write(columns)
-    return write
+    return lambda row: write([f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULAS) else cell for cell in row])
 
 
 def folder_names(names: list[str]) -> list[str]:

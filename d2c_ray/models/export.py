@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from d2c_ray.config import VaeConfig
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, in_markdown
 from d2c_ray.models import frozen, weights
 
 MODULE = "d2c_transformer"  # no name of diffusers' own
@@ -102,7 +102,7 @@ def _model_code() -> str:
 
 
 def _vae_note(latent: dict[str, Any]) -> str:
-    known = f" It is the one whose weights hash to {latent['vae']}." if latent.get("vae") else ""
+    known = f" It is the one whose weights hash to {in_markdown(latent['vae'])}." if latent.get("vae") else ""
     return f"The model works on the latents of a VAE, which is not in this folder: pass vae=AutoencoderKL.from_pretrained(...).{known}"
 
 
@@ -130,7 +130,7 @@ def _card(student: weights.Student, which: str, text: bool, has_vae: bool, of_la
         "",
         f"A class-conditional {'diffusion' if spec.kind == 'dit' else 'flow'} transformer{path}: depth {spec.depth}, width {spec.width}, {spec.heads} heads, patch "
         f"{spec.patch}, {'latents' if of_latents else 'pixels'} of {spec.channels} x {spec.input_size} x {spec.input_size}. Its weights are `{which}` of a training on "
-        f"{meta.get('images') or 'an unknown number of'} images shown.",
+        f"{in_markdown(meta.get('images') or 'an unknown number of')} images shown.",
         "",
         "    from diffusers import " + ("AutoencoderKL, " if vae else "") + "DiffusionPipeline",
         f'    pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True{vae})',
@@ -151,7 +151,7 @@ def _card(student: weights.Student, which: str, text: bool, has_vae: bool, of_la
     if of_latents and not has_vae:
         lines += ["", _vae_note(meta.get("latent") or {})]
     if names:
-        lines += ["", "## Classes", "", *(f"{number}. {name}" for number, name in enumerate(meta["class_names"]))]
+        lines += ["", "## Classes", "", *(f"{number}. {in_markdown(name)}" for number, name in enumerate(meta["class_names"]))]
     if labels and len(labels) < spec.num_classes:
-        lines += ["", f"It was trained on {len(labels)} of them: {', '.join(map(str, labels))}."]
+        lines += ["", f"It was trained on {len(labels)} of them: {in_markdown(', '.join(map(str, labels)))}."]
     return "\n".join(lines) + "\n"

@@ -45,10 +45,16 @@ def sha256(path: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """The first 16 hex digits of a file's SHA-256: as the hub's cache names a large file that it links to, or of the content."""
+    """The first 16 hex digits of a file's SHA-256: as the hub's cache names a large file that it links to, or of the content.
+
+    Only the hub's own cache on this machine is believed; anybody can give a file such a name elsewhere.
+    """
     blob = path.resolve()
     if path.is_symlink() and blob.parent.name == "blobs" and len(blob.name) == 64 and set(blob.name) <= set("0123456789abcdef"):
-        return blob.name[:16]
+        from huggingface_hub import constants
+
+        if blob.is_relative_to(Path(constants.HF_HUB_CACHE).expanduser().resolve()):
+            return blob.name[:16]
     return sha256(path)[:16]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2c_ray.config import TextConfig
+from d2c_ray.config import TextConfig, fillable
 from d2c_ray.errors import UserError
 from d2c_ray.models import frozen, hub
 
@@ -18,9 +18,17 @@ _TOKENIZER = ("tokenizer.json", "spiece.model", "vocab.txt")  # each is enough
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _FILES = ("config.json", *hub.WEIGHTS, *_TOKENIZER, *_TOKENIZER_SETTINGS)
 
+_PROMPT_CHARS = 1 << 20  # no text encoder reads as much
+
 
 def prompt(template: str, name: str) -> str:
-    """The prompt of a class: {name} is its whole name, {first} the name up to its first comma."""
+    """The prompt of a class: {name} is its whole name, {first} the name up to its first comma.
+
+    Raises:
+        ValueError: a template with other fields, or a prompt without end.
+    """
+    if not fillable(template) or len(template) + template.count("{") * len(name) > _PROMPT_CHARS:
+        raise ValueError(f"no prompt can be made of {template[:80]!r}")
     return template.format(name=name, first=name.split(",")[0].strip())
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from d2c_ray.config import DataConfig
 from d2c_ray.data import provenance, tables
 from d2c_ray.data.decode import decode
+from d2c_ray.errors import in_markdown
 from d2c_ray.evaluate.record import differences
 from d2c_ray.plan import READS
 from d2c_ray.progress import clock
@@ -75,8 +76,8 @@ def render(stated: dict[str, Any], pictured: list[int], metrics: dict[str, dict[
 
 
 def text(value: Any) -> str:
-    """Words that are not ours, so that Markdown and HTML show them as they are: on one line, nothing in them acts."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~$&@:])", r"\\\1", " ".join(str(value).split()))
+    """Words that are not ours, so that nothing in them acts."""
+    return in_markdown(value)
 
 
 def code(value: Any) -> str:

@@ -1,6 +1,7 @@
 """What the commands print when they are done."""
 
 from d2c_ray.data import score_parts
+from d2c_ray.errors import shown
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
 from d2c_ray.report import gather, html, numbers
@@ -15,16 +16,19 @@ def print_summary(plan: Plan) -> None:
     print(f"{plan.folder.name}: measured in {arms[0].metrics['record']['network']}")
     print("\n".join(numbers.as_text(html.result_rows(arms), brief=True)))
     for arm in arms:
-        console.print(f"{arm.name}: {clock(arm.total_seconds)} in all, {clock(arm.seconds['train'] or 0)} of it training")
+        console.print(
+            shown(f"{arm.name}: {clock(arm.total_seconds)} in all, {clock(arm.seconds['train'] or 0)} of it training"), markup=False
+        )
     for notice in html.notices(plan, arms):
-        console.print(f"note: {notice}")
-    console.print(f"report: {plan.folder / 'report.html'}", soft_wrap=True)
+        console.print(shown(f"note: {notice}"), markup=False)
+    console.print(shown(f"report: {plan.folder / 'report.html'}"), soft_wrap=True, markup=False)
 
 
 def print_selection(node: Node) -> None:
     """Quota, shortfall and score range by class."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for name in ("class", "images", "chosen", "nominal f", "deepest rank", "score from", "to", "short by"):
@@ -32,7 +36,7 @@ def print_selection(node: Node) -> None:
     count, rows = gather.selection_classes(node, 40)
     for row in rows:
         table.add_row(
-            row["name"] or str(row["label"]),
+            Text(" ".join(shown(row["name"] or str(row["label"])).split())),  # text alone: a name may look like rich's markup
             str(row["size"]),
             str(row["quota"]),
             _number(row["nominal_f"], 3),
