@@ -225,7 +225,9 @@ def test_planned_stands_beside_actual(finished: tuple[Path, str]) -> None:
     page = (folder / "report.html").read_text()
     assert page.count("<th>planned</th>") == 2
     for name, own in planned.items():
-        assert own["seconds"] > 0 and own["source"] in ("published", "measured here") and f"<td>{own['seconds']:.1f}</td>" in page
+        assert (
+            own["seconds"] > 0 and own["source"] in ("assumed", "published", "measured here") and f"<td>{own['seconds']:.1f}</td>" in page
+        )
         assert own["made"] <= stages[name]["finished"]
     found = forecast.collect(load(DEBUG, [f"run.dir={folder.parent}", UNGUIDED, *ARMS]))
     assert {row["folder"]: row["planned"] for row in found["stages"] if row["planned"]} == {
