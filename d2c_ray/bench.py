@@ -67,7 +67,8 @@ def run(config: Config, out: Path, effort: Effort = QUICK, rows: pa.Table | None
     Raises:
         UserError: the file is there and is none of this.
     """
-    before = rates.from_file(out) if out.is_file() else []
+    if out.is_file():
+        rates.from_file(out)  # refuses another file before it has measured for minutes
     wanted: list[tuple[str, Config]] = []
     for own in arm_configs(config).values():
         wanted += [(stage, own) for stage in sorted(plans.needs("evaluate", own), key=list(plans.STAGES).index)]
@@ -79,6 +80,7 @@ def run(config: Config, out: Path, effort: Effort = QUICK, rows: pa.Table | None
     found, missing = measured(wanted, replace(data, classes=classes), side_by_side, effort, rows)
     for what, why in missing.items():
         say(f"not measured: {what}: {why}")
+    before = rates.from_file(out) if out.is_file() else []  # again: another bench may have ended meanwhile
     write_json(out, {"entries": merged(before, found)})
     return found
 
