@@ -14,6 +14,7 @@ from d2c_ray.config import Config, load
 from d2c_ray.distributed import cluster
 from d2c_ray.errors import UserError
 from d2c_ray.report import estimate as printed
+from d2c_ray.report import sweep as outcome
 
 DIGITS = estimate.Data(120, 10)
 CPU = hardware.Cluster(0, "", 2, "a core", hardware.HERE)
@@ -376,3 +377,27 @@ def test_names_of_gpus_are_known_in_small_letters_and_all_are_named() -> None:
         match=r"one of H200 NVL, H200, GH200, H100 NVL, H100 PCIe, H100, A100, L40S, L4, A10G, A10, RTX 4090, V100 SXM2, V100 PCIE, T4 would do",
     ):
         rates.check(hardware.described("Abacus"), load(DEBUG), rates.Rates([]))
+
+
+def test_a_dry_run_is_of_a_cluster_too(debug_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing is measured, since it is another machine."""
+    monkeypatch.setattr(bench, "measured", lambda *given, **named: 1 / 0)
+    config = debug_config("sweep.axes={select.budget: [20, 40]}", "sweep.random_twins=false")
+    two, one = (sweep.forecast(config, hardware.described(gpus)) for gpus in ("2xH100", "H100"))
+    assert (two["concurrent"], one["concurrent"]) == (2, 1) and two["seconds"] < one["seconds"]
+    said = "\n".join(outcome.forecast_lines(two))
+    assert (
+        "hours: " in said
+        and ", on 2 x H100 and 16 CPU cores (described), by what d2c plan goes by" in said
+        and " MB (" in said
+        and "GiB" not in said
+    )
+    with pytest.raises(UserError, match="--gpus Abacus: no peak"):
+        sweep.forecast(config, hardware.described("Abacus"))
+    overrides = [f"run.dir={config.run.dir}", "sweep.axes={select.budget: [20, 40]}"]
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", str(DEBUG), *overrides, "--gpus", "H100"])
+    assert "--gpus is of a dry run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", str(DEBUG), *overrides, "--dry-run", "--gpus", "H100"])
+    assert "on 1 x H100" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from d2c_ray.errors import UserError
 from d2c_ray.estimate import Data
 from d2c_ray.models.transformer import Transformer, TransformerSpec
 from d2c_ray.report import estimate as printed
+from d2c_ray.report import gather
 from d2c_ray.rundir import write_json
 
 IMAGENET = Data(1_281_167, 1000)
@@ -717,3 +718,12 @@ def test_an_elastic_training_is_as_large_as_with_the_fewest_workers() -> None:
     assert problem["would"][0].startswith("resources.micro_batch=")
     mended = forecast.collect(imagenet(*elastic, *problem["would"]), forecast.Asked(hardware.described("8xA100")))
     assert not mended["problems"]
+
+
+def test_the_report_sums_what_was_planned_beside_what_that_took() -> None:
+    """The manifest is never planned, a random choice needs no score, and an older run planned nothing."""
+    seconds: dict[str, float | None] = {"manifest": 3.0, "score": None, "select": 2.0, "train": 50.0}
+    arm = gather.Arm("D2C", {}, {}, [], pa.table({}), "random", seconds, {"score": 9.0, "select": 1.0, "train": 40.0})
+    assert arm.planned_beside_actual == (41.0, 52.0) and arm.total_seconds == 55.0
+    arm.planned = {}
+    assert arm.planned_beside_actual is None
