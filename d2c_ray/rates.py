@@ -188,7 +188,9 @@ class Rates:
             device = replace(device, cores=max(1, cluster.cpus // max(1, share)))
         start = self.start(cluster)
         started = STARTS["manifest" if stage == "teacher" and config.teacher.checkpoint else stage]  # one that is there is only looked at
-        fitted = Rate(start.seconds, ASSUMED, f"{started:g} times importing ({start.source}: {start.said}), fitted to runs of the presets")
+        fitted = Rate(
+            start.seconds, ASSUMED, f"as many times importing as was fitted to runs of the presets ({start.source}: {start.said})"
+        )
         parts = [("starting", start.seconds * started, fitted)]
         # Actors that share a GPU share its pace.
         whole = share * (min(1.0, cluster.gpus_per_actor(config.resources)) if device.gpu and stage not in TRAININGS else 1.0)

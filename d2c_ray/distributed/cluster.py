@@ -154,14 +154,11 @@ def at_hand(local: bool = False) -> Cluster:
         local: it runs on this machine alone, which knows more of its GPUs than their kind.
     """
     gpu, models = gpu_name(), set(gpu_models()) if local else set[str]()
+    assumed: tuple[str, ...] = ()
     if gpu and len(models) == 1:
-        gpu, assumed = models.pop(), ()
-    else:
-        assumed = (
-            (f"that {gpu}, as Ray names the GPUs, is the kind of that name in the tables, and what d2c bench measured on any such",)
-            if gpu
-            else ()
-        )
+        gpu = models.pop()
+    elif gpu:
+        assumed = (f"that {gpu}, as Ray names the GPUs, is the kind of that name in the tables, and what d2c bench measured on any such",)
     return replace(_cluster(), gpu=gpu, cpu=cpu_name(), assumed=assumed)
 
 
