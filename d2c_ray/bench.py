@@ -30,6 +30,7 @@ from d2c_ray.evaluate.measures import measure
 from d2c_ray.models import frozen, networks, offline, teachers, vision, weights
 from d2c_ray.models.flops import dense_peak
 from d2c_ray.models.transformer import Transformer, TransformerSpec
+from d2c_ray.report.numbers import in_bytes
 from d2c_ray.rundir import versions, write_json
 from d2c_ray.selection import difficulty
 from d2c_ray.training import batches, loop
@@ -101,7 +102,7 @@ def lines(entries: list[Found]) -> list[str]:
     for entry in entries:
         pace = f"{1 / entry['seconds']:,.4g} a second" if entry["what"] not in ("start", "comparing") else f"{entry['seconds']:.3g} s"
         mfu = f", {entry['mfu']:.1%} of its peak" if entry.get("mfu") else ""
-        peak = f", {entry['peak_bytes'] / 2**30:.2f} GiB" if entry.get("peak_bytes") else ""
+        peak = f", {in_bytes(entry['peak_bytes'])}" if entry.get("peak_bytes") else ""
         out.append(f"{WORDS[entry['what']]}: {pace}{mfu}{peak} ({entry['shape']})" if entry["shape"] else f"{WORDS[entry['what']]}: {pace}")
     return out
 

@@ -401,3 +401,8 @@ def test_a_dry_run_is_of_a_cluster_too(debug_config, monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit):
         cli.main(["sweep", str(DEBUG), *overrides, "--dry-run", "--gpus", "H100"])
     assert "on 1 x H100" in capsys.readouterr().out
+
+
+def test_memory_is_said_in_the_units_of_a_plan() -> None:
+    (line,) = bench.lines([{**ENTRY, "what": "train", "shape": "x", "peak_bytes": 21.6e9}])
+    assert line == "images trained on: 2 a second, 21.6 GB (x)"
