@@ -30,6 +30,7 @@ from d2c_ray.evaluate.measures import measure
 from d2c_ray.models import frozen, networks, offline, teachers, vision, weights
 from d2c_ray.models.flops import dense_peak
 from d2c_ray.models.transformer import Transformer, TransformerSpec
+from d2c_ray.report.numbers import in_bytes
 from d2c_ray.rundir import versions, write_json
 from d2c_ray.selection import difficulty
 from d2c_ray.training import batches, loop
@@ -67,7 +68,8 @@ def run(config: Config, out: Path, effort: Effort = QUICK, rows: pa.Table | None
     Raises:
         UserError: the file is there and is none of this.
     """
-    before = rates.from_file(out) if out.is_file() else []
+    if out.is_file():
+        rates.from_file(out)  # refuses another file before it has measured for minutes
     wanted: list[tuple[str, Config]] = []
     for own in arm_configs(config).values():
         wanted += [(stage, own) for stage in sorted(plans.needs("evaluate", own), key=list(plans.STAGES).index)]
@@ -79,6 +81,7 @@ def run(config: Config, out: Path, effort: Effort = QUICK, rows: pa.Table | None
     found, missing = measured(wanted, replace(data, classes=classes), side_by_side, effort, rows)
     for what, why in missing.items():
         say(f"not measured: {what}: {why}")
+    before = rates.from_file(out) if out.is_file() else []  # again: another bench may have ended meanwhile
     write_json(out, {"entries": merged(before, found)})
     return found
 
@@ -99,7 +102,7 @@ def lines(entries: list[Found]) -> list[str]:
     for entry in entries:
         pace = f"{1 / entry['seconds']:,.4g} a second" if entry["what"] not in ("start", "comparing") else f"{entry['seconds']:.3g} s"
         mfu = f", {entry['mfu']:.1%} of its peak" if entry.get("mfu") else ""
-        peak = f", {entry['peak_bytes'] / 2**30:.2f} GiB" if entry.get("peak_bytes") else ""
+        peak = f", {in_bytes(entry['peak_bytes'])}" if entry.get("peak_bytes") else ""
         out.append(f"{WORDS[entry['what']]}: {pace}{mfu}{peak} ({entry['shape']})" if entry["shape"] else f"{WORDS[entry['what']]}: {pace}")
     return out
 

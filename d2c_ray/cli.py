@@ -147,6 +147,13 @@ Overrides = Annotated[
 ]
 
 
+Gpus = Annotated[
+    str, typer.Option("--gpus", "--gpu", metavar="NxNAME", help="A cluster in words: 8xH100, A100, '2xRTX 4090'; else this machine.")
+]
+Cpus = Annotated[int, typer.Option(min=0, metavar="N", help="CPU cores of that cluster; 0: 8 a GPU.")]
+Address = Annotated[str, typer.Option(metavar="ADDRESS", help="A Ray cluster at hand, which is asked for its nodes: auto, HOST:PORT.")]
+
+
 def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a command with its line of `COMMANDS`, and its example below its help."""
     summary, example = COMMANDS[name]
@@ -397,14 +404,20 @@ def sweep(
         bool, typer.Option("--dry-run", help="Say what would run, and the hours and bytes that it takes; run nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run, the numbers alone, as JSON.")] = False,
+    gpus: Gpus = "",
+    cpus: Cpus = 0,
+    address: Address = "",
 ) -> None:
     from d2c_ray import sweep as sweeps
     from d2c_ray.report import outcomes
     from d2c_ray.report import sweep as report
 
+    wanted = next((option for option, value in (("--gpus", gpus), ("--cpus", cpus), ("--address", address)) if value), "")
+    if wanted and not dry_run:
+        raise UserError(f"{wanted} is of a dry run; a sweep runs where resources.address says. --dry-run with it would do.")
     base = _load(config, overrides)
     if dry_run:
-        found = sweeps.forecast(base)
+        found = sweeps.forecast(base, _cluster(base, gpus, cpus, address))
         if as_json:
             import json
 
@@ -555,13 +568,9 @@ def _of_arm(folders: dict[str, str], arm: str, what: str) -> str:
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    gpus: Annotated[
-        str, typer.Option("--gpus", "--gpu", metavar="NxNAME", help="A cluster in words: 8xH100, A100, '2xRTX 4090'; else this machine.")
-    ] = "",
-    cpus: Annotated[int, typer.Option(min=0, metavar="N", help="CPU cores of that cluster; 0: 8 a GPU.")] = 0,
-    address: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="A Ray cluster at hand, which is asked for its nodes: auto, HOST:PORT.")
-    ] = "",
+    gpus: Gpus = "",
+    cpus: Cpus = 0,
+    address: Address = "",
     price: Annotated[
         float | None, typer.Option(min=0, metavar="PRICE", help="Of a GPU-hour, in any currency; for all GPUs, busy or not.")
     ] = None,
@@ -578,17 +587,14 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The numbers alone, as JSON.")] = False,
 ) -> None:
-    from d2c_ray import forecast, hardware
+    from d2c_ray import forecast
     from d2c_ray.config import load
     from d2c_ray.report import estimate
 
     own = load(config, overrides or [])
-    if address and (gpus or cpus):
-        raise UserError(
-            f"--address {address} and {'--gpus' if gpus else '--cpus'}: a cluster is at hand or described; one of the two would do."
-        )
-    cluster = _at_hand(own, address) if address else hardware.described(gpus, cpus) if gpus or cpus else None
-    asked = forecast.Asked(cluster, mfu, images, price, *(None if size is None else size * 1e9 for size in (disk, cache)))
+    asked = forecast.Asked(
+        _cluster(own, gpus, cpus, address), mfu, images, price, *(None if size is None else size * 1e9 for size in (disk, cache))
+    )
     found = forecast.collect(own, asked)
     if as_json:
         import json
@@ -596,6 +602,17 @@ def plan(
         print(json.dumps(found, indent=1))
     else:
         print(shown("\n".join(estimate.lines(found))))
+
+
+def _cluster(config: Any, gpus: str, cpus: int, address: str) -> Any:
+    """The cluster that is meant, described or at hand; None: this machine."""
+    if address and (gpus or cpus):
+        raise UserError(
+            f"--address {address} and {'--gpus' if gpus else '--cpus'}: a cluster is at hand or described; one of the two would do."
+        )
+    from d2c_ray import hardware
+
+    return _at_hand(config, address) if address else hardware.described(gpus, cpus) if gpus or cpus else None
 
 
 def _at_hand(config: Any, address: str) -> Any:

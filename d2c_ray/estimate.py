@@ -27,7 +27,12 @@ DIGITS = (1_797, 10)
 PATCH = 14  # DINOv2's
 # Depth and width of the encoders by model name; a folder at hand says its own.
 DINOV2_SHAPES = {"small": (12, 384), "base": (12, 768), "large": (24, 1024), "giant": (40, 1536)}
-T5_WIDTHS = {"small": 512, "base": 768, "large": 1024, "xl": 2048, "xxl": 4096}
+# Of T5 (v1.1, so flan-t5 too): blocks, width, that of all heads together, and of the gated MLP.
+T5_SHAPES = {"small": (8, 512, 384, 1024), "base": (12, 768, 768, 2048), "large": (24, 1024, 1024, 2816), "xl": (24, 2048, 2048, 5120), "xxl": (24, 4096, 4096, 10240)}  # fmt: skip
+T5_VOCABULARY = 32_128
+PARAMETERS = {"efficientnet-lite0": 4_652_008, "efficientnet-lite2": 6_092_072, "minilm": 22_713_728}
+VAE_PARAMETERS = 83_653_863  # of Stable Diffusion's, encoder and decoder
+DINOV2_POSITIONS = 1_370
 EFFICIENTNETS = {
     "efficientnet-lite0": (407e6, 224),
     "efficientnet-lite2": (869e6, 260),
@@ -126,11 +131,38 @@ def text_width(encoder: str, assumed: Assumed) -> int:
     if encoder == "minilm":
         return MINILM_WIDTH
     said = _read_config(encoder)
-    width = said.get("d_model", said.get("hidden_size")) or T5_WIDTHS.get(encoder.rsplit("-", 1)[-1] if "t5" in encoder else "")
+    shape = _t5(encoder)
+    width = said.get("d_model", said.get("hidden_size")) or (shape[1] if shape else None)
     if not isinstance(width, int):
-        assumed.append(f"the width of {encoder} is not known: that of flan-t5-xl, {T5_WIDTHS['xl']}")
-        return T5_WIDTHS["xl"]
+        assumed.append(f"the width of {encoder} is not known: that of flan-t5-xl, {T5_SHAPES['xl'][1]}")
+        return T5_SHAPES["xl"][1]
     return width
+
+
+def _t5(encoder: str) -> tuple[int, int, int, int] | None:
+    return T5_SHAPES.get(encoder.rsplit("-", 1)[-1]) if "t5" in encoder else None
+
+
+def text_parameters(encoder: str) -> int:
+    """About those of a text encoder, biases and norms left out; of one that is not known those of flan-t5-xl."""
+    if encoder in PARAMETERS:
+        return PARAMETERS[encoder]
+    said = _read_config(encoder)
+    blocks, width, heads, hidden = _t5(encoder) or T5_SHAPES["xl"]
+    if all(isinstance(said.get(name), int) for name in ("num_layers", "d_model", "num_heads", "d_kv", "d_ff")):
+        blocks, width, heads, hidden = said["num_layers"], said["d_model"], said["num_heads"] * said["d_kv"], said["d_ff"]
+    return blocks * (4 * width * heads + 3 * width * hidden) + T5_VOCABULARY * width
+
+
+def vision_parameters(encoder: str) -> int:
+    """About those of a vision encoder, biases and norms left out; of one that is not known those of dinov2-b."""
+    if encoder in PARAMETERS:
+        return PARAMETERS[encoder]
+    said = _read_config(DINOV2.get(encoder, encoder))
+    depth, width = _dinov2(encoder) or DINOV2_SHAPES["base"]
+    if all(isinstance(said.get(name), int) for name in ("num_hidden_layers", "hidden_size")):
+        depth, width = said["num_hidden_layers"], said["hidden_size"]
+    return depth * 12 * width**2 + (3 * PATCH**2 + DINOV2_POSITIONS) * width
 
 
 def vision_width(encoder: str, assumed: Assumed) -> int:
@@ -240,17 +272,38 @@ def vision_macs(options: VisionConfig, grid: int) -> float | None:
 def memory(config: Config, spec: TransformerSpec) -> dict[str, Any]:
     """Bytes on a device in the largest step: weights, gradients, AdamW's moments and EMAs in float32, and what backward keeps.
 
-    Not counted are the encoders that run while training, buckets of several workers, and the allocator's own.
+    An elastic training's largest step is that of the fewest workers. Of encoders that run while training the weights are counted; not
+    counted are what these hold beside, buckets of several workers, and the allocator's own.
     """
-    train, count = config.train, parameters(spec)
-    workers = min(config.resources.train_workers, math.ceil(train.batch_size / batches.BLOCK))
+    train, count, resources = config.train, parameters(spec), config.resources
+    fewest = min(resources.train_workers, resources.train_workers_min or resources.train_workers)
+    workers = min(fewest, math.ceil(train.batch_size / batches.BLOCK))
     share = max(stop - first for first, stop in (batches.share(train.batch_size, rank, workers) for rank in range(workers)))
     batch = min(config.resources.micro_batch or share, share)
     found = {
         "weights": 4 * count, "gradients": 4 * count, "moments": 8 * count, "ema": 4 * count * (1 + len(train.ema_also)),
-        "activations": activations(spec, batch, train.precision == "bf16", config.resources.recompute),
+        "activations": activations(spec, batch, train.precision == "bf16", config.resources.recompute), "encoders": _online_bytes(config),
     }  # fmt: skip
     return {**found, "total": sum(found.values()), "micro_batch": batch}
+
+
+def _online_bytes(config: Config) -> int:
+    """Weights of the encoders that run while training."""
+    names, vision = in_training(config), aligned_with(config)
+    found = vae_weights(config) if online.LATENT in names else 0
+    return found + (vision_weights(vision) if vision is not None and online.column(config.train.align_with) in names else 0)
+
+
+def vae_weights(config: Config) -> int:
+    """Bytes of the VAE, in its own precision; 0 without one."""
+    return _BYTES[config.vae.precision] * VAE_PARAMETERS if config.vae.path else 0
+
+
+def vision_weights(options: VisionConfig) -> int:
+    return _BYTES[options.precision] * vision_parameters(options.encoder)
+
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a number
 
 
 def activations(spec: TransformerSpec, batch: int, bf16: bool, recompute: bool = False, features: bool = True) -> int:
@@ -303,19 +356,18 @@ def teacher_training(config: Config) -> Config:
     return replace(config, model=config.teacher.model, train=config.teacher.train, attach=attach, resources=resources)
 
 
+def forward_weights(spec: TransformerSpec, bf16: bool) -> int:
+    """Bytes of frozen weights, float32; autocast keeps them in bf16 too."""
+    return (6 if bf16 else 4) * parameters(spec)
+
+
 def forward_bytes(spec: TransformerSpec, batch: int, bf16: bool) -> int:
-    """Bytes of frozen weights (float32) and about what a forward of `batch` images holds at once, in its widest place: an MLP.
+    """About the bytes that a forward of `batch` images holds at once beside the weights, in its widest place: an MLP.
 
     Not counted is the allocator's own.
     """
     n, width, hidden = batch * (spec.input_size // spec.patch) ** 2, spec.width, int(spec.width * spec.mlp_ratio)
-    copies = 2 * parameters(spec) if bf16 else 0  # autocast keeps weights in bf16 too
-    return (
-        4 * parameters(spec)
-        + copies
-        + n * (8 * width + (width + 2 * hidden) * (2 if bf16 else 4))
-        + 12 * batch * spec.channels * spec.input_size**2
-    )
+    return n * (8 * width + (width + 2 * hidden) * (2 if bf16 else 4)) + 12 * batch * spec.channels * spec.input_size**2
 
 
 def vae_bytes(config: Config, decode: bool) -> int:
@@ -325,25 +377,39 @@ def vae_bytes(config: Config, decode: bool) -> int:
 
 
 def forwards(config: Config, classes: int, assumed: Assumed) -> dict[str, dict[str, Any]]:
-    """Memory of the largest forward of stages that train nothing: bytes, and the field that decides it with its value.
+    """Memory of processes that train nothing, the weights of all that each holds and its largest forward: bytes, and the field that decides it with its value.
 
-    Encoders of tokens and the networks that measure are left out: a batch of 32 takes them less than the transformers here.
+    What encoders of tokens and networks that measure hold beside their weights is left out: a batch of 32 takes them less than the
+    transformers here.
     """
     found: dict[str, dict[str, Any]] = {}
     teacher, student = teacher_spec(config, classes, assumed), transformer_spec(config, classes, assumed)
-    score, sample = config.score, config.sample
+    score, sample, vae = config.score, config.sample, vae_weights(config)
+    encoding, decoding = (vae_bytes(config, decode) if vae else 0 for decode in (False, True))
+
+    def take(what: str, weights: int, own: int, knob: str, value: int, of_vae: int = 0) -> None:
+        decides = ("vae.device_batch", config.vae.device_batch) if of_vae > own else (knob, value)
+        found[what] = {"bytes": weights + max(own, of_vae), "knob": decides[0], "value": decides[1]}
+
     if config.select.selector not in ("all", *FEATURE_SELECTORS):
-        bytes_of = forward_bytes(teacher, score.device_batch, score.precision != "fp32")
-        found["score"] = {"bytes": bytes_of, "knob": "score.device_batch", "value": score.device_batch}
-    batch = sample.device_batch * (2 if sample.guidance > 1 else 1)
-    found["sample"] = {
-        "bytes": forward_bytes(student, batch, sample.precision == "bf16"),
-        "knob": "sample.device_batch",
-        "value": sample.device_batch,
-    }
-    if config.vae.path:
-        found["attach"] = {"bytes": vae_bytes(config, False), "knob": "vae.device_batch", "value": config.vae.device_batch}
-        found["decode"] = {"bytes": vae_bytes(config, True), "knob": "vae.device_batch", "value": config.vae.device_batch}
+        bf16 = score.precision != "fp32"
+        own = forward_bytes(teacher, score.device_batch, bf16)
+        take("score", forward_weights(teacher, bf16) + vae, own, "score.device_batch", score.device_batch, encoding)
+    bf16, batch = sample.precision == "bf16", sample.device_batch * (2 if sample.guidance > 1 else 1)
+    weights = forward_weights(student, bf16) + vae
+    take("sample", weights, forward_bytes(student, batch, bf16), "sample.device_batch", sample.device_batch)
+    if vae:
+        take("decode", weights, decoding, "vae.device_batch", config.vae.device_batch)
+    online_names, encoders = in_training(config), config.attach.encoders()
+    mine = [vision_weights(options) for column, options in encoders.items() if column not in online_names]
+    mine += [vae] if vae and online.LATENT not in online_names else []
+    if mine:
+        weights, knob = max(mine) if config.resources.encoders_apart else sum(mine), "attach.vision.device_batch"
+        encodes = encoding if online.LATENT not in online_names else 0
+        take("attach", weights, 0, knob, config.attach.vision.device_batch, encodes)
+    text = config.attach.text
+    if text.encoder != "none":
+        take("text", _BYTES[text.precision] * text_parameters(text.encoder), 0, "attach.text.device_batch", text.device_batch)
     return found
 
 

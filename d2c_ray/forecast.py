@@ -450,7 +450,7 @@ def _memory(whole: Resolved, cluster: Cluster, datas: dict[str, Data]) -> list[d
     config = whole.config
     limits: dict[str, float | None] = {}
     for what in printed.MEMORY_OF:
-        stage = "sample" if what == "decode" else what
+        stage = {"decode": "sample", "text": "attach"}.get(what, what)
         device = cluster.device(stage, config.resources)
         if device.gpu:
             each = 1.0 if stage in hardware.TRAININGS else max(cluster.gpus_per_actor(config.resources), 1e-9)
@@ -473,6 +473,10 @@ def _memory(whole: Resolved, cluster: Cluster, datas: dict[str, Data]) -> list[d
         tries = [[f"{size['knob']}={value}"] for value in halves]
         if what in hardware.TRAININGS:
             tries += [["resources.recompute=true", *own] for own in ([], *tries)]
+        if what == "text":
+            tries = [["attach.text.precision=bf16"]]
+        if what == "attach":
+            tries += [["resources.encoders_apart=true", *own] for own in ([], *tries)]
         would = next((changes for changes in tries if (own := whole.with_(changes)) is not None and what not in over(own)), [])
         on = f"one {cluster.device('train' if what in hardware.TRAININGS else 'score', config.resources).name}"
         least = memories(whole.with_(tries[-1]) or whole, datas)[what]["bytes"] / SPARE if tries else size["bytes"]

@@ -27,16 +27,33 @@ _MEMORY: list[tuple[tuple[str, ...], float]] = [
 
 @dataclass(frozen=True)
 class Device:
-    """What one process computes on: a GPU by name (empty: one that is not there), or CPU cores by their model name."""
+    """What one process computes on: a GPU by name (empty: one that is not there), or CPU cores by their model name.
+
+    Attributes:
+        roughly: the name is Ray's, which may say less: an 'H100 PCIe' is an 'H100' there.
+    """
 
     name: str
     gpu: bool
     threads: int = 1  # of torch, on cores
     cores: int = 0  # that each process has to itself; 0: as many as threads
+    roughly: bool = False
 
     def is_same(self, name: str, gpu: bool) -> bool:
         """Whether a name means this device, however long: 'NVIDIA H100 80GB HBM3' is an 'H100'."""
-        return self.gpu == gpu and (self.name == name or (gpu and kind(self.name) is not None and kind(self.name) == kind(name)))
+        if self.gpu != gpu:
+            return False
+        if self.name == name or not gpu:
+            return self.name == name
+        return (kind(self.name) is not None and kind(self.name) == kind(name)) or (self.roughly and self._is_in(name))
+
+    def is_taken_for(self, name: str, gpu: bool) -> bool:
+        """Whether they are only taken to be the same, since Ray says no more."""
+        return self.roughly and self.is_same(name, gpu) and kind(self.name) != kind(name)
+
+    def _is_in(self, name: str) -> bool:
+        words = [one.upper().replace("-", " ").split() for one in (self.name, name)]
+        return bool(words[0]) and set(words[0]) <= set(words[1])
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,7 @@ class Cluster:
     def device(self, stage: str, resources: ResourcesConfig) -> Device:
         """What a process of a stage computes on; a GPU without a name where it wants one and there is none (yet)."""
         on_gpu = self.trains_on_gpus(resources) if stage in TRAININGS else self.gpus_per_actor(resources) > 0 and stage not in ON_DRIVER
-        return Device(self.gpu, True) if on_gpu else Device(self.cpu, False, resources.threads)
+        return Device(self.gpu, True, roughly=self.how == AT_HAND) if on_gpu else Device(self.cpu, False, resources.threads)
 
     @property
     def title(self) -> str:
@@ -201,7 +218,7 @@ def kind(name: str) -> str | None:
 
 def memory_bytes(name: str) -> float | None:
     """Memory of a GPU by its name; None: not known."""
-    words = name.replace("-", " ").split()
+    words = name.upper().replace("-", " ").split()
     for word in words:
         if said := re.fullmatch(r"(\d+)GB?", word):
             return float(said[1]) * 1e9
@@ -237,6 +254,12 @@ def native_bf16() -> bool:
     """Whether this machine's CPU multiplies in bf16; elsewhere it is emulated, and slow."""
     info = Path("/proc/cpuinfo")
     return info.is_file() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(info.read_text().split())
+
+
+def gpu_models() -> list[str]:
+    """This machine's GPUs by their full names, as the driver lists them; no context is made on any of them, as torch would."""
+    said = [path.read_text() for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
+    return [found[1].strip() for text in said if (found := re.search(r"^Model:\s*(.+)$", text, re.MULTILINE))]
 
 
 def here() -> Cluster:

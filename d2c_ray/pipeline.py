@@ -410,7 +410,7 @@ class Status:
         from d2c_ray.distributed import cluster
 
         try:
-            planned = forecast.planned(self._plan, nodes, cluster.at_hand(), slots)
+            planned = forecast.planned(self._plan, nodes, cluster.at_hand(not self._plan.config.resources.address), slots)
         except Exception as error:  # what it takes is no reason not to run
             said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             logs.say(f"nothing is planned for this run: {' '.join(said.split())}", "warning")

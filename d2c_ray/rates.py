@@ -19,7 +19,7 @@ from d2c_ray.config import FEATURE_SELECTORS, Config
 from d2c_ray.errors import UserError
 from d2c_ray.estimate import Assumed, Data, Piece
 from d2c_ray.hardware import DESCRIBED, TRAININGS, Cluster, Device, kind, native_bf16
-from d2c_ray.models.flops import dense_peak
+from d2c_ray.models.flops import dense_peak, known_devices
 
 MEASURED, PUBLISHED, ASSUMED, UNKNOWN = "measured here", "published", "assumed", "not known"
 FILE = "bench.json"  # in run.dir
@@ -114,11 +114,11 @@ class Rates:
         ]  # fmt: skip
         for entry in mine:
             if (entry["what"], entry["shape"]) == (piece.what, piece.shape):
-                return Rate(entry["seconds"], MEASURED, f"{entry['device']}, {entry['date'][:10]}")
+                return Rate(entry["seconds"], MEASURED, f"{_where(entry)}{_taken(entry, device)}")
         alike = [entry for entry in mine if entry["precision"] == piece.precision and entry["flops"]]
         if alike and piece.flops:
             near = min(alike, key=lambda entry: (entry["what"] != piece.what, abs(entry["flops"] - piece.flops)))
-            said = f"{near['device']}, {near['date'][:10]}, of another shape ({near['shape']}) by FLOPs"
+            said = f"{_where(near)}{_taken(near, device)}, of another shape ({near['shape']}) by FLOPs"
             return Rate(near["seconds"] * piece.flops / near["flops"], MEASURED, said)
         if piece.flops is None:
             return Rate(0.0, UNKNOWN, f"the FLOPs of {piece.shape} are not known: d2c bench measures it where its weights are at hand")
@@ -164,7 +164,7 @@ class Rates:
         """Work of a core that is no piece of a stage."""
         for entry in self._on(what, cluster):
             if entry["shape"] == shape:
-                return Rate(entry["seconds"], MEASURED, f"{entry['device']}, {entry['date'][:10]}")
+                return Rate(entry["seconds"], MEASURED, _where(entry))
         return None
 
     def start(self, cluster: Cluster) -> Rate:
@@ -188,7 +188,9 @@ class Rates:
             device = replace(device, cores=max(1, cluster.cpus // max(1, share)))
         start = self.start(cluster)
         started = STARTS["manifest" if stage == "teacher" and config.teacher.checkpoint else stage]  # one that is there is only looked at
-        fitted = Rate(start.seconds, ASSUMED, f"{started:g} times importing ({start.source}: {start.said}), fitted to runs of the presets")
+        fitted = Rate(
+            start.seconds, ASSUMED, f"as many times importing as was fitted to runs of the presets ({start.source}: {start.said})"
+        )
         parts = [("starting", start.seconds * started, fitted)]
         # Actors that share a GPU share its pace.
         whole = share * (min(1.0, cluster.gpus_per_actor(config.resources)) if device.gpu and stage not in TRAININGS else 1.0)
@@ -258,8 +260,16 @@ class Rates:
         for entry in self._on("comparing", cluster):
             if entry["shape"].startswith(f"{network},"):
                 more = max(1.0, made / entry["made"]) * max(1.0, real / entry["real"])
-                return Rate(entry["seconds"] * more, MEASURED, f"{entry['device']}, {entry['date'][:10]}")
+                return Rate(entry["seconds"] * more, MEASURED, _where(entry))
         return None
+
+
+def _where(entry: dict[str, Any]) -> str:
+    return f"{entry['device']}, {entry['date'][:10]}"
+
+
+def _taken(entry: dict[str, Any], device: Device) -> str:
+    return f", which the cluster's {device.name} is taken to be" if device.is_taken_for(entry["device"], entry["gpu"]) else ""
 
 
 def _is_parquet(config: Config) -> bool:
@@ -357,7 +367,5 @@ def check(cluster: Cluster, config: Config, rates: Rates) -> None:
     precision = config.train.precision
     measured = any(Device(cluster.gpu, True).is_same(entry["device"], entry["gpu"]) for entry in rates.entries)
     if cluster.how == DESCRIBED and cluster.gpu and not measured and dense_peak(cluster.gpu, precision) is None:
-        would = (
-            "H100, H200, A100, L40S, L4, A10G or 'RTX 4090' would do" if kind(cluster.gpu) is None else "another train.precision would do"
-        )
+        would = f"one of {', '.join(known_devices())} would do" if kind(cluster.gpu) is None else "another train.precision would do"
         raise UserError(f"--gpus {cluster.gpu}: no peak in {precision} is known of it, and d2c bench measured nothing on one; {would}.")

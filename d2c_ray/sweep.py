@@ -435,20 +435,24 @@ def _stands(sweep: Sweep, record: dict[str, Any]) -> str:
 # Beforehand
 
 
-def forecast(config: Config) -> dict[str, Any]:
+def forecast(config: Config, cluster: hardware.Cluster | None = None) -> dict[str, Any]:
     """What a sweep will run and take, before it does: trials, shared work, seconds and bytes.
 
-    Lists the images, which every run needs, and measures this machine. Starts no Ray.
+    Lists the images, which every run needs, and measures this machine where it is to run there. Starts no Ray.
+
+    Args:
+        cluster: that it is to run on; None: this machine.
 
     Raises:
-        UserError: as `run`, of all that can be seen beforehand.
+        UserError: as `run`, of all that can be seen beforehand; or a GPU that nothing is known of.
     """
     sweep = make(config)
     with Lock(sweep.plan.folder):
         _list(sweep, pipeline.Status(sweep.plan, record=False), lambda _: None)
     manifest, assumed = sweep.plan.of("manifest")[0], list[str]()
     data, _ = estimate.known(0, config, manifest.dir.success()["facts"], None)
-    places, options, here = _places(config), config.sweep, hardware.here()
+    options, here = config.sweep, cluster or hardware.here()
+    places = here.places(config.resources)
     concurrent = concurrency(config, here.trainings(config.resources))
     listed = sweep.trials or _unknown(sweep)
     nodes: dict[str, Node] = {}
@@ -457,9 +461,13 @@ def forecast(config: Config) -> dict[str, Any]:
             nodes.setdefault(node.name if sweep.trials else f"{node.name}{trial.id if node.stage in OWN else ''}", node)
     todo = {name: node for name, node in nodes.items() if not node.dir.done}
     pace = rates.of(config)
-    fresh, missing = bench.measured([(node.stage, node.config) for node in todo.values()], data, concurrent, known=pace)
-    pace.entries += fresh
-    assumed += [f"{what}, as it could not be measured: {why}" for what, why in missing.items()]
+    if cluster is None:
+        fresh, missing = bench.measured([(node.stage, node.config) for node in todo.values()], data, concurrent, known=pace)
+        pace.entries += fresh
+        assumed += [f"{what}, as it could not be measured: {why}" for what, why in missing.items()]
+    else:
+        rates.check(cluster, config, pace)
+        assumed += cluster.assumed
 
     def seconds_of(node: Node, of: estimate.Data) -> float:
         share = workers(node) or (places if node.stage not in OWN else max(1, places // concurrent))
@@ -495,8 +503,8 @@ def forecast(config: Config) -> dict[str, Any]:
     shared = sum(seconds.values()) - own
     return {
         "trials": len(listed), "points": len({json.dumps(trial.point) for trial in listed}), "twins": sum(trial.twin for trial in listed), "concurrent": concurrent,
-        "finished": sum(_finished(sweep, trial) for trial in sweep.trials), "stages": _counted(nodes, todo), "shared_seconds": shared, "trial_seconds": own,
-        "seconds": shared + own / concurrent, "bytes": _bytes(todo, data), "assumed": list(dict.fromkeys(assumed)),
+        "cluster": here.title, "finished": sum(_finished(sweep, trial) for trial in sweep.trials), "stages": _counted(nodes, todo), "shared_seconds": shared, "trial_seconds": own,
+        "seconds": shared + own / concurrent, "bytes": _bytes(todo, data), "assumed": list(dict.fromkeys([*assumed, *pace.assumed])), "measured": cluster is None,
         "images_per_second": _paces(pace, todo, data, here), "labels": [trial.label for trial in sweep.trials],
     }  # fmt: skip
 
@@ -509,11 +517,6 @@ def _unknown(sweep: Sweep) -> list[Trial]:
     twins = (False, True) if options.random_twins and trials.twin({}, config) is not None else (False,)
     every = itertools.product(range(options.num_points), options.seeds, twins)
     return [Trial(f"{index}-{seed}-{twin}", {"point": index, "twin": twin}, seed, twin, own, planned) for index, seed, twin in every]
-
-
-def _places(config: Config) -> int:
-    """Places for work on this machine, without asking Ray."""
-    return hardware.here().places(config.resources)
 
 
 def _paces(pace: rates.Rates, todo: dict[str, Node], data: estimate.Data, here: hardware.Cluster) -> dict[str, list[float]]:

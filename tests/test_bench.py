@@ -14,6 +14,7 @@ from d2c_ray.config import Config, load
 from d2c_ray.distributed import cluster
 from d2c_ray.errors import UserError
 from d2c_ray.report import estimate as printed
+from d2c_ray.report import sweep as outcome
 
 DIGITS = estimate.Data(120, 10)
 CPU = hardware.Cluster(0, "", 2, "a core", hardware.HERE)
@@ -143,7 +144,7 @@ def test_an_entry_that_is_none_is_named(tmp_path: Path, name: str, value: object
 
 def test_a_run_goes_on_beside_a_broken_file(debug_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Ray and its GPUs are taken when a run is planned: whatever is wrong there costs the plan and nothing else."""
-    monkeypatch.setattr(cluster, "at_hand", lambda: CPU)
+    monkeypatch.setattr(cluster, "at_hand", lambda local: CPU)
     config = debug_config()
     plan = plans.make(config)
     status, nodes = pipeline.Status(plan), [node for node in plan.nodes if node.stage != "manifest"]
@@ -158,7 +159,7 @@ def test_a_run_goes_on_beside_a_broken_file(debug_config, monkeypatch: pytest.Mo
     status.plan(nodes, 2)
     assert capsys.readouterr().err == "d2c: nothing is planned for this run: ZeroDivisionError: division by zero\n"
     monkeypatch.undo()
-    monkeypatch.setattr(cluster, "at_hand", lambda: CPU)
+    monkeypatch.setattr(cluster, "at_hand", lambda local: CPU)
     status.plan(nodes, 2)
     assert set(json.loads((plan.folder / "plan.json").read_text())["planned"]) == {node.name for node in nodes}
 
@@ -332,3 +333,76 @@ def test_a_dry_run_counts_with_the_trials_that_a_sweep_runs_at_once(debug_config
     assert any(
         said.startswith("that score takes no time, which is not known: it wants a GPU") for said in sweep.forecast(config)["assumed"]
     )
+
+
+def test_what_another_bench_measured_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, mine, theirs = tmp_path / rates.FILE, {**ENTRY, "shape": "mine"}, {**ENTRY, "shape": "theirs"}
+
+    def measured(*given: object, **named: object) -> tuple[list[dict], dict[str, str]]:
+        file.write_text(json.dumps({"entries": [theirs]}))
+        return [mine], {}
+
+    monkeypatch.setattr(bench, "measured", measured)
+    bench.run(load(DEBUG), file, say=lambda text: None)
+    assert rates.from_file(file) == [theirs, mine]
+
+
+def test_a_gpu_that_ray_names_is_taken_for_what_was_benched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray calls an H100 PCIe an H100; on a machine of one's own the driver says it whole."""
+    pcie = {**ENTRY, "what": "train", "gpu": True, "device": "NVIDIA H100 PCIe", "host_gpu": "NVIDIA H100 PCIe", "precision": "bf16"}
+    piece, known = estimate.Piece("train", "x", 1, 10.0, "bf16"), rates.Rates([pcie])
+    assert known.piece(piece, hardware.Device("H100", True)).source == rates.ASSUMED, "as described: it may be the other kind"
+    monkeypatch.setattr(cluster, "nodes", lambda: [(16.0, 1.0)])
+    monkeypatch.setattr(cluster, "total_gpus", lambda: 1)
+    monkeypatch.setattr(cluster, "gpu_name", lambda: "H100")
+    resources = load(DEBUG).resources
+    found = cluster.at_hand()
+    rate = known.piece(piece, found.device("train", resources))
+    assert (rate.seconds, rate.said) == (0.5, "NVIDIA H100 PCIe, 2026-11-28, which the cluster's H100 is taken to be")
+    assert found.assumed[0].startswith("that H100, as Ray names the GPUs")
+    assert known.piece(piece, replace(found, gpu="A100").device("train", resources)).source != rates.MEASURED
+    monkeypatch.setattr(cluster, "gpu_models", lambda: ["NVIDIA H100 PCIe"])
+    own = cluster.at_hand(local=True)
+    assert (own.gpu, own.assumed) == ("NVIDIA H100 PCIe", ())
+    assert known.piece(piece, own.device("train", resources)).said == "NVIDIA H100 PCIe, 2026-11-28"
+    assert cluster.at_hand().gpu == "H100"
+
+
+def test_names_of_gpus_are_known_in_small_letters_and_all_are_named() -> None:
+    assert hardware.kind("h100 pcie") == "H100 PCIe" and hardware.kind("rtx-4090") == "RTX 4090" and hardware.kind("rtx 4090 d") is None
+    assert hardware.memory_bytes("a100-80gb") == 80e9 and hardware.memory_bytes("l4") == 24e9
+    rates.check(hardware.described("8xh100"), load(DEBUG), rates.Rates([]))
+    with pytest.raises(
+        UserError,
+        match=r"one of H200 NVL, H200, GH200, H100 NVL, H100 PCIe, H100, A100, L40S, L4, A10G, A10, RTX 4090, V100 SXM2, V100 PCIE, T4 would do",
+    ):
+        rates.check(hardware.described("Abacus"), load(DEBUG), rates.Rates([]))
+
+
+def test_a_dry_run_is_of_a_cluster_too(debug_config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where nothing is measured, since it is another machine."""
+    monkeypatch.setattr(bench, "measured", lambda *given, **named: 1 / 0)
+    config = debug_config("sweep.axes={select.budget: [20, 40]}", "sweep.random_twins=false")
+    two, one = (sweep.forecast(config, hardware.described(gpus)) for gpus in ("2xH100", "H100"))
+    assert (two["concurrent"], one["concurrent"]) == (2, 1) and two["seconds"] < one["seconds"]
+    said = "\n".join(outcome.forecast_lines(two))
+    assert (
+        "hours: " in said
+        and ", on 2 x H100 and 16 CPU cores (described), by what d2c plan goes by" in said
+        and " MB (" in said
+        and "GiB" not in said
+    )
+    with pytest.raises(UserError, match="--gpus Abacus: no peak"):
+        sweep.forecast(config, hardware.described("Abacus"))
+    overrides = [f"run.dir={config.run.dir}", "sweep.axes={select.budget: [20, 40]}"]
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", str(DEBUG), *overrides, "--gpus", "H100"])
+    assert "--gpus is of a dry run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", str(DEBUG), *overrides, "--dry-run", "--gpus", "H100"])
+    assert "on 1 x H100" in capsys.readouterr().out
+
+
+def test_memory_is_said_in_the_units_of_a_plan() -> None:
+    (line,) = bench.lines([{**ENTRY, "what": "train", "shape": "x", "peak_bytes": 21.6e9}])
+    assert line == "images trained on: 2 a second, 21.6 GB (x)"

@@ -17,6 +17,7 @@ from d2c_ray.errors import UserError
 from d2c_ray.estimate import Data
 from d2c_ray.models.transformer import Transformer, TransformerSpec
 from d2c_ray.report import estimate as printed
+from d2c_ray.report import gather
 from d2c_ray.rundir import write_json
 
 IMAGENET = Data(1_281_167, 1000)
@@ -646,3 +647,83 @@ def test_messages_say_what_is_planned_with_and_what_was_not_looked_at() -> None:
     assert unseen in text and unseen not in fits(disk=1e12, cache=1e12)[1]
     assert "not checked: that of a node's copies (--cache GB says what is free there)" in fits(disk=1e12)[1]
     assert not any(line.startswith("not checked") for line in printed.lines(forecast.collect(load(DEBUG))))
+
+
+def test_weights_of_all_that_a_process_holds_are_counted() -> None:
+    """Parameters as the libraries count them, to a thousandth: T5 v1.1's encoders, DINOv2, Stable Diffusion's VAE."""
+    counts = {"small": 35_332_800, "base": 109_628_544, "large": 341_231_104, "xl": 1_223_527_424, "xxl": 4_762_310_656}
+    assert {size: estimate.text_parameters(f"google/flan-t5-{size}") for size in counts} == {
+        size: pytest.approx(count, rel=1e-3) for size, count in counts.items()
+    }
+    counts = {"s": 22_056_576, "b": 86_580_480, "l": 304_368_640, "g": 1_136_480_768}
+    assert {size: estimate.vision_parameters(f"dinov2-{size}") for size in counts} == {
+        size: pytest.approx(count, rel=4e-3) for size, count in counts.items()
+    }
+    vae = 4 * 83_653_863
+    config = imagenet(
+        "attach.text.encoder=google/t5-v1_1-xxl",
+        "attach.vision.encoder=dinov2-g",
+        "attach.also={more: {encoder: dinov2-l}}",
+        "train.align_with=more",
+    )
+    found = estimate.forwards(config, 1000, [])
+    assert found["text"]["bytes"] == pytest.approx(4 * 4_762_310_656, rel=1e-3)
+    giant, large = (4 * estimate.vision_parameters(f"dinov2-{size}") for size in "gl")
+    encoding = estimate.vae_bytes(config, False)
+    assert found["attach"] == {"bytes": giant + large + vae + encoding, "knob": "vae.device_batch", "value": config.vae.device_batch}
+    apart = imagenet(
+        "attach.vision.encoder=dinov2-g",
+        "attach.also={more: {encoder: dinov2-l}}",
+        "train.align_with=more",
+        "resources.encoders_apart=true",
+    )
+    assert estimate.forwards(apart, 1000, [])["attach"]["bytes"] == giant + encoding
+    student = estimate.transformer_spec(config, 1000, [])
+    assert found["decode"]["bytes"] == 4 * estimate.parameters(student) + vae + estimate.vae_bytes(config, True)
+    teacher = estimate.teacher_spec(config, 1000, [])
+    bf16 = config.score.precision == "bf16"
+    own = estimate.forward_bytes(teacher, config.score.device_batch, bf16)
+    assert found["score"]["bytes"] == estimate.forward_weights(teacher, bf16) + vae + max(own, encoding)
+    online = estimate.student(imagenet("attach.vision.encode=training", "vae.encode=training"), IMAGENET)["memory"]
+    stored = estimate.student(imagenet(), IMAGENET)["memory"]
+    assert (
+        online["total"] - stored["total"] == vae + 4 * estimate.vision_parameters("dinov2-b") == online["encoders"]
+        and stored["encoders"] == 0
+    )
+
+
+def test_encoders_that_do_not_fit_together_go_apart_or_take_less() -> None:
+    over = ["attach.text.encoder=google/t5-v1_1-xxl", "attach.vision.encoder=dinov2-g", "vae.device_batch=1", "train.align_with=more"]
+    over.append("attach.also={more: {encoder: dinov2-l}, " + ", ".join(f"g{number}: {{encoder: dinov2-g}}" for number in range(3)) + "}")
+
+    def problems(*more: str) -> dict[str, dict]:
+        found = forecast.collect(imagenet(*over, *more), forecast.Asked(hardware.described("8xT4"), disk=1e15, cache=1e15))["problems"]
+        return {problem["what"]: problem for problem in found if "encoding" in problem["what"]}
+
+    found = problems("train.precision=fp32", "resources.train_workers=8")
+    assert {what: problem["would"] for what, problem in found.items()} == {
+        "the memory of encoding images": ["resources.encoders_apart=true"], "the memory of encoding class names": ["attach.text.precision=bf16"],
+    }  # fmt: skip
+    assert not problems(
+        "train.precision=fp32", "resources.train_workers=8", *(change for problem in found.values() for change in problem["would"])
+    )
+
+
+def test_an_elastic_training_is_as_large_as_with_the_fewest_workers() -> None:
+    elastic = ["resources.train_workers=8", "resources.train_workers_min=1", "train.batch_size=256"]
+    one = estimate.student(imagenet("train.batch_size=256"), IMAGENET)["memory"]
+    assert estimate.student(imagenet(*elastic), IMAGENET)["memory"] == one and one["micro_batch"] == 256
+    found = forecast.collect(imagenet(*elastic), forecast.Asked(hardware.described("8xA100")))
+    (problem,) = [problem for problem in found["problems"] if problem["what"] == "the memory of a training step"]
+    assert problem["would"][0].startswith("resources.micro_batch=")
+    mended = forecast.collect(imagenet(*elastic, *problem["would"]), forecast.Asked(hardware.described("8xA100")))
+    assert not mended["problems"]
+
+
+def test_the_report_sums_what_was_planned_beside_what_that_took() -> None:
+    """The manifest is never planned, a random choice needs no score, and an older run planned nothing."""
+    seconds: dict[str, float | None] = {"manifest": 3.0, "score": None, "select": 2.0, "train": 50.0}
+    arm = gather.Arm("D2C", {}, {}, [], pa.table({}), "random", seconds, {"score": 9.0, "select": 1.0, "train": 40.0})
+    assert arm.planned_beside_actual == (41.0, 52.0) and arm.total_seconds == 55.0
+    arm.planned = {}
+    assert arm.planned_beside_actual is None

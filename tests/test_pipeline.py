@@ -223,9 +223,11 @@ def test_planned_stands_beside_actual(finished: tuple[Path, str]) -> None:
     stages = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/_SUCCESS.json")}
     assert {name for name, record in stages.items() if record["stage"] != "manifest"} == set(planned), "the manifest is there before Ray is"
     page = (folder / "report.html").read_text()
-    assert page.count("<th>planned</th>") == 2
+    assert page.count("<th>planned</th>") == 2 and page.count(", which took ") == 2
     for name, own in planned.items():
-        assert own["seconds"] > 0 and own["source"] in ("published", "measured here") and f"<td>{own['seconds']:.1f}</td>" in page
+        assert (
+            own["seconds"] > 0 and own["source"] in ("assumed", "published", "measured here") and f"<td>{own['seconds']:.1f}</td>" in page
+        )
         assert own["made"] <= stages[name]["finished"]
     found = forecast.collect(load(DEBUG, [f"run.dir={folder.parent}", UNGUIDED, *ARMS]))
     assert {row["folder"]: row["planned"] for row in found["stages"] if row["planned"]} == {

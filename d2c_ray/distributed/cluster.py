@@ -17,7 +17,7 @@ from d2c_ray import logs
 from d2c_ray.config import ResourcesConfig
 from d2c_ray.distributed import telemetry
 from d2c_ray.errors import UserError
-from d2c_ray.hardware import AT_HAND, LIGHT_CPUS, Cluster, cores, cpu_name, decode_cpus, lacking, room
+from d2c_ray.hardware import AT_HAND, LIGHT_CPUS, Cluster, cores, cpu_name, decode_cpus, gpu_models, lacking, room
 
 # Of tasks and actors: anywhere in the cluster. By default those that a trial of a sweep starts would have to fit into its own place,
 # which is for its driver alone.
@@ -147,9 +147,19 @@ def disconnect() -> None:
     telemetry.forget()
 
 
-def at_hand() -> Cluster:
-    """What the connected Ray has, as plans describe it; its cores are taken to be like the driver's."""
-    return replace(_cluster(), gpu=gpu_name(), cpu=cpu_name())
+def at_hand(local: bool = False) -> Cluster:
+    """What the connected Ray has, as plans describe it; its cores are taken to be like the driver's.
+
+    Args:
+        local: it runs on this machine alone, which knows more of its GPUs than their kind.
+    """
+    gpu, models = gpu_name(), set(gpu_models()) if local else set[str]()
+    assumed: tuple[str, ...] = ()
+    if gpu and len(models) == 1:
+        gpu = models.pop()
+    elif gpu:
+        assumed = (f"that {gpu}, as Ray names the GPUs, is the kind of that name in the tables, and what d2c bench measured on any such",)
+    return replace(_cluster(), gpu=gpu, cpu=cpu_name(), assumed=assumed)
 
 
 def _cluster() -> Cluster:

@@ -70,12 +70,17 @@ def dense_peak(device_name: str, precision: str) -> tuple[str, float] | None:
     """The dense peak of a device, FLOP/s, and its name as the table knows it; None where it is unknown.
 
     Args:
-        device_name: as torch.cuda.get_device_name() says it. precision: bf16, tf32, fp32 or fp16.
+        device_name: as torch.cuda.get_device_name() says it, in capitals or not. precision: bf16, tf32, fp32 or fp16.
     """
-    words = device_name.replace("-", " ").split()
-    if "MIG" in words or any(word in words for word in ("Laptop", "D", "Mobile")):
+    words = device_name.upper().replace("-", " ").split()
+    if any(word in words for word in ("MIG", "LAPTOP", "D", "MOBILE")):
         return None
     for wanted, peaks in _PEAKS:
-        if all(word in words for word in wanted):
+        if all(word.upper() in words for word in wanted):
             return (" ".join(wanted), peaks[precision] * 1e12) if precision in peaks else None
     return None
+
+
+def known_devices() -> list[str]:
+    """The names that the table has, more special ones first."""
+    return [" ".join(words) for words, _ in _PEAKS]

@@ -97,7 +97,7 @@ def _bytes_left(found: dict[str, Any]) -> list[str]:
 
 
 # By the stage, or what else computes on a device.
-MEMORY_OF = {"train": "a training step", "teacher": "a training step of the teacher", "score": "scoring", "attach": "encoding with the VAE", "sample": "sampling", "decode": "decoding with the VAE"}  # fmt: skip
+MEMORY_OF = {"train": "a training step", "teacher": "a training step of the teacher", "score": "scoring", "attach": "encoding images", "text": "encoding class names", "sample": "sampling", "decode": "decoding with the VAE"}  # fmt: skip
 
 
 def _memory(memory: dict[str, dict[str, Any]]) -> list[str]:
@@ -152,9 +152,10 @@ def _student(found: dict[str, Any]) -> list[str]:
         lines.append(f"  {flops / compute['total']:.1%} of it {name}, which encodes while training")
     for name in compute["unknown"]:
         lines.append(f"  and {name}, which encodes while training and whose FLOPs are not known")
+    encoders = f"encoders {in_bytes(memory['encoders'])}, " if memory["encoders"] else ""
     lines.append(
         f"memory of a step: {in_bytes(memory['total'])}: weights {in_bytes(memory['weights'])}, gradients {in_bytes(memory['gradients'])}, AdamW {in_bytes(memory['moments'])}, "
-        f"EMA {in_bytes(memory['ema'])}, kept for backward {in_bytes(memory['activations'])} at {memory['micro_batch']} images a worker at a time (resources.micro_batch, resources.recompute)"
+        f"EMA {in_bytes(memory['ema'])}, {encoders}kept for backward {in_bytes(memory['activations'])} at {memory['micro_batch']} images a worker at a time (resources.micro_batch, resources.recompute)"
     )
     kinds = [f"{name} {in_bytes(dataset[name])}" for name in ("pixels", "latents", "tokens") if dataset[name]]
     source = f"images {in_bytes(dataset['images'])}" if dataset["images"] else "and the images as the source has them"

@@ -288,9 +288,12 @@ def forecast_lines(found: dict[str, Any]) -> list[str]:
     body = [[stage, str(count["folders"]), str(count["to_make"])] for stage, count in found["stages"].items()]
     said += numbers.grid(["stage", "folders", "to make"], body)
     said.append(f"what trials share: {clock(found['shared_seconds'])}; their own: {clock(found['trial_seconds'])}")
-    said.append(
-        f"hours: {found['seconds'] / 3600:.2f} ({clock(found['seconds'])}), by what d2c bench, or just now this dry run, measured on this machine:"
+    by = (
+        "by what d2c bench, or just now this dry run, measured on this machine"
+        if found["measured"]
+        else f"on {found['cluster']}, by what d2c plan goes by"
     )
+    said.append(f"hours: {found['seconds'] / 3600:.2f} ({clock(found['seconds'])}), {by}:")
     said += [
         f"  {stage}: {' to '.join(f'{rate:,.1f}' for rate in dict.fromkeys((every[0], every[-1])))} images/s a process"
         for stage, every in found["images_per_second"].items()
