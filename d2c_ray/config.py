@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from d2c_ray.errors import UserError, nearest, redacted
+from d2c_ray.errors import UserError, first_line, nearest, redacted
 
 MODEL_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 
@@ -458,7 +458,7 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
         _check_raw(layers[-1])
         merged: Any = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise UserError(f"the configuration cannot be read: {_first_line(error)}") from error
+        raise UserError(f"the configuration cannot be read: {first_line(error)}") from error
     if not isinstance(merged, dict):
         raise UserError(f"'{path}' holds a {type(merged).__name__}; a configuration is a mapping of sections.")
     if "arms" in merged and merged["arms"] is None:  # `arms: null` takes those of a base away, which a merge with nothing would not
@@ -541,7 +541,7 @@ def from_dict(values: dict[str, Any]) -> Config:
         config = OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.create(values)))
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise UserError(f"{where}{_first_line(error)}") from error
+        raise UserError(f"{where}{first_line(error)}") from error
     assert isinstance(config, Config)
     check(config)
     return config
@@ -947,7 +947,3 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     for key, value in changes.items():
         out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -68,6 +68,11 @@ def redacted(text: str) -> str:
     return text
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, without credentials; its type where it says nothing."""
+    return (redacted(str(error)).strip().splitlines() or [type(error).__name__])[0]
+
+
 def no_room(error: BaseException, path: object = "") -> UserError | None:
     """What to tell a user whose disk or quota is full, if that is what `error` says.
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from d2c_ray import logs
 from d2c_ray.config import TrackingConfig
-from d2c_ray.errors import UserError, redacted
+from d2c_ray.errors import UserError, first_line
 from d2c_ray.rundir import write_json
 
 SENT = "tracking.json"  # how far a training's folder was sent, and MLflow's run
@@ -269,8 +269,7 @@ class _Guard:
         if not isinstance(error, Exception):
             return False
         self._trackers.pop(self._kind, None)
-        line = (str(error).strip().splitlines() or [""])[0]
-        logs.say(f"tracking.{self._kind} failed and is off from here: {type(error).__name__}: {redacted(line)}", "warning")
+        logs.say(f"tracking.{self._kind} failed and is off from here: {type(error).__name__}: {first_line(error)}", "warning")
         return True
 
 

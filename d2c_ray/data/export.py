@@ -19,8 +19,7 @@ from PIL import Image
 
 from d2c_ray.data import provenance, storage, tables
 from d2c_ray.data.decode import FORMATS
-from d2c_ray.errors import UserError, nearest
-from d2c_ray.models.hub import first_line
+from d2c_ray.errors import UserError, first_line, nearest
 from d2c_ray.rundir import SUCCESS, UMASK, whole
 
 PER_SHARD = 10_000

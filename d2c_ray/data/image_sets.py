@@ -18,7 +18,7 @@ from PIL import Image
 
 from d2c_ray.data import npz, tables
 from d2c_ray.data.decode import Undecodable, centre_crop, decode, decode_whole
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, first_line
 from d2c_ray.rundir import PROGRESS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -209,7 +209,7 @@ def _of_parquet(path: Path, files: list[Path]) -> ImageSet:
         schema = pq.read_schema(files[0])
         count = sum(pq.read_metadata(file).num_rows for file in files)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"'{path}': no Parquet file could be read ({str(error).splitlines()[0]}).") from None
+        raise UserError(f"'{path}': no Parquet file could be read ({first_line(error)}).") from None
     column = _image_column(path, schema)
     ours = "index" in schema.names
     names = next((name for name in ("index", "key") if name in schema.names), None)

@@ -23,7 +23,7 @@ from d2c_ray import schema
 from d2c_ray.config import DataConfig, StorageConfig
 from d2c_ray.data import samples, storage, tables, tar, wordnet
 from d2c_ray.data.storage import Entry
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _IMAGE_EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
@@ -511,7 +511,7 @@ def _scan_parquet_file(entry: Entry, source: Source, data: DataConfig, options: 
         handle = storage.open_file(uri, options)
         file = tables.opened(handle, uri, [data.image_column, *([data.label_column] if data.label_column else [])])
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"'{uri}' is no readable Parquet file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"'{uri}' is no readable Parquet file: {first_line(error)}") from error
     with file:
         found = file.schema_arrow
         _check_columns(uri, found, data)
@@ -645,7 +645,7 @@ def read_images(rows: pa.Table, base: str, image_column: str, options: StorageCo
         except FileNotFoundError as error:
             values = [error] * len(members)
         except pa.ArrowInvalid as error:  # cut off since it was listed, as a tar may be
-            values = [OSError(f"no readable Parquet file ({str(error).splitlines()[0]})")] * len(members)
+            values = [OSError(f"no readable Parquet file ({first_line(error)})")] * len(members)
         for row, value in zip(members, values, strict=True):
             if isinstance(value, OSError):
                 found[row] = value

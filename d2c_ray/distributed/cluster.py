@@ -16,7 +16,7 @@ from ray._private import auto_init_hook, ray_constants
 from d2c_ray import logs
 from d2c_ray.config import ResourcesConfig
 from d2c_ray.distributed import telemetry
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, first_line
 from d2c_ray.hardware import AT_HAND, LIGHT_CPUS, Cluster, cores, cpu_name, decode_cpus, gpu_models, lacking, room
 
 # Of tasks and actors: anywhere in the cluster. By default those that a trial of a sweep starts would have to fit into its own place,
@@ -79,7 +79,7 @@ def connect(resources: ResourcesConfig, dashboard: bool = False) -> None:
             ray.init(address=resources.address or "local", log_to_driver=False, logging_level=logging.WARNING, **more)
     except ConnectionError as error:
         raise UserError(
-            f"resources.address={resources.address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Leave it empty for a local one."
+            f"resources.address={resources.address}: no Ray cluster answers there ({first_line(error)}). Leave it empty for a local one."
         ) from error
     if logs.as_json():
         logs.own_handlers()

@@ -28,7 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from d2c_ray import config as configs
 from d2c_ray.distributed.cluster import answers
-from d2c_ray.errors import UserError, redacted
+from d2c_ray.errors import UserError, first_line, redacted
 from d2c_ray.rundir import commit_of, run_folder
 
 # Besides what .gitignore and .rayignore name, and .git, .venv, venv and __pycache__, which Ray leaves out itself. Without a slash at
@@ -322,17 +322,15 @@ def _refused(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise UserError(f"--address {given}: the cluster refuses the token: {_first(error)} {TOKEN}") from None
+        raise UserError(f"--address {given}: the cluster refuses the token: {first_line(error)} {TOKEN}") from None
     except (ConnectionError, requests.exceptions.RequestException) as error:
         raise UserError(
-            f"--address {given}: no Ray cluster answers there ({_first(error)}). http://HEAD:8265, the dashboard's address, would do."
+            f"--address {given}: no Ray cluster answers there ({first_line(error)}). http://HEAD:8265, the dashboard's address, would do."
         ) from None
     except RuntimeError as error:
-        raise UserError(f"--address {given}: the cluster (this is Ray {ray.__version__}) does not take the job: {_first(error)}") from None
-
-
-def _first(error: BaseException) -> str:
-    return (redacted(str(error)).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--address {given}: the cluster (this is Ray {ray.__version__}) does not take the job: {first_line(error)}"
+        ) from None
 
 
 def _untaken(client: JobSubmissionClient, name: str) -> None:
@@ -360,7 +358,7 @@ async def _follow(client: JobSubmissionClient, name: str, say: Say) -> int:
                 return _exit_status(details, name, say)
         except (OSError, RuntimeError, aiohttp.ClientError, requests.exceptions.RequestException) as error:
             if time.monotonic() - since > PATIENCE_SEC:
-                say(f"the cluster is lost ({_first(error)}); what becomes of {name} is not known.")
+                say(f"the cluster is lost ({first_line(error)}); what becomes of {name} is not known.")
                 return LOST
         await asyncio.sleep(1.0)
 

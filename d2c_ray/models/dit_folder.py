@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, first_line
 from d2c_ray.models import hub
 from d2c_ray.models.frozen import file_hash
 
@@ -94,9 +94,7 @@ def load(key: str, transformer: Path) -> Any:
             low_cpu_mem_usage=False, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # unpickling, safetensors, shapes: each has its own
-        raise UserError(
-            f"{key}: the weights in '{transformer}' cannot be loaded: {type(error).__name__}: {hub.first_line(error)}"
-        ) from error
+        raise UserError(f"{key}: the weights in '{transformer}' cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
     unknown = set(report["unexpected_keys"]) - {"pos_embed.pos_embed"}  # a fixed table, which some releases saved
     for words, keys in (("lack", report["missing_keys"]), ("hold besides", unknown)):
         if keys:  # diffusers would leave the one random and ignore the other: blocks that config.json does not count

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2c_ray.config import VaeConfig
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, first_line
 from d2c_ray.models.offline import is_only_local
 
 # Name: package and class that know the weight file, and the feature width.
@@ -270,7 +270,7 @@ def _load_vae(config: VaeConfig) -> Any:
         except (OSError, ValueError, SafetensorError) as error:
             errors.append(error)
     raise UserError(
-        f"vae.path={config.path}: no AutoencoderKL could be loaded ({str(errors[0]).splitlines()[0]}). Give a local folder that holds "
+        f"vae.path={config.path}: no AutoencoderKL could be loaded ({first_line(errors[0])}). Give a local folder that holds "
         "config.json and diffusion_pytorch_model.safetensors or .bin (vae.subfolder=vae inside a pipeline), or a hub name with the hub in reach."
     ) from errors[0]
 

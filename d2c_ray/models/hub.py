@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, first_line
 from d2c_ray.models.frozen import file_hash
 from d2c_ray.models.offline import is_only_local
 
@@ -162,7 +162,3 @@ def _weights(key: str, folder: Path) -> list[str]:
                 raise UserError(f"{key}: '{index}' names {len(missing)} files that are not there{f', {missing[0]}' if missing else ''}.")
             return [index.name, *sorted(set(shards.values()))]
     raise UserError(f"{key}: '{folder}' holds no model.safetensors (or pytorch_model.bin), in one file or in shards with their index.")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

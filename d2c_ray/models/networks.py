@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from d2c_ray.config import DINOV2, EFFICIENTNETS, INCEPTION, EvaluateConfig, VisionConfig
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, first_line
 from d2c_ray.models import frozen, hub, vision
 from d2c_ray.models.offline import is_only_local
 
@@ -258,7 +258,7 @@ def _inception(path: Path, device: torch.device) -> Forward:
         network: Any = torch.jit.load(str(path), map_location=device).eval()
         layers, classes = network.layers, network.output.weight.float()  # 1008 x 2048
     except (RuntimeError, AttributeError) as error:
-        raise UserError(f"'{path}' cannot be used as an Inception network: {hub.first_line(error)}; {_would()}") from None
+        raise UserError(f"'{path}' cannot be used as an Inception network: {first_line(error)}; {_would()}") from None
 
     def forward(batch: Tensor) -> tuple[Tensor, Tensor]:
         resized = np.stack([resize(image) for image in batch.numpy()])  # N x 299 x 299 x 3, 0 to 255

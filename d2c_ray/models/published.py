@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, first_line
 from d2c_ray.models import dit_folder, hub, weights
 from d2c_ray.models.frozen import file_hash
 from d2c_ray.models.transformer import Transformer, TransformerSpec, sincos_position
@@ -255,9 +255,9 @@ def _open(path: Path, key: str) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipfile.is_zipfile(path) else None)
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{key}: '{path}' cannot be loaded: {type(error).__name__}: {hub.first_line(error)}") from error
+        raise UserError(f"{key}: '{path}' cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
     except Exception as error:  # code in the file, which is not run
-        raise UserError(f"{key}: '{path}' holds more than tensors, and is not loaded: {hub.first_line(error)}") from error
+        raise UserError(f"{key}: '{path}' holds more than tensors, and is not loaded: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{key}: '{path}' holds a {type(found).__name__}; a state dict would do.")
     return found

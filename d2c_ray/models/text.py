@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2c_ray.config import TextConfig, fillable
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, first_line
 from d2c_ray.models import frozen, hub
 
 KEY = "attach.text.encoder"
@@ -103,4 +103,4 @@ def _tokenize(folder: Path, prompts: list[str], **how: Any) -> Any:
         tokenizer = hub.transformers_class("AutoTokenizer").from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return tokenizer(prompts, **how)
     except Exception as error:  # files that are no tokenizer, a library for them that is not installed, no padding token
-        raise UserError(f"{KEY}: the tokenizer in '{folder}' does not work: {type(error).__name__}: {hub.first_line(error)}") from error
+        raise UserError(f"{KEY}: the tokenizer in '{folder}' does not work: {type(error).__name__}: {first_line(error)}") from error

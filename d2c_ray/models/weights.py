@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2c_ray.errors import UserError
+from d2c_ray.errors import UserError, first_line
 from d2c_ray.models.frozen import file_hash
 from d2c_ray.models.transformer import Transformer, TransformerSpec
 
@@ -97,7 +97,7 @@ def load(folder: Path, which: str = "ema", device: torch.device | str = "cpu") -
         network.load_state_dict(load_file(path))
         text = load_file(folder / TEXT) if (folder / TEXT).is_file() else None
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"'{path}' cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"'{path}' cannot be loaded: {first_line(error)}") from error
     network.eval().requires_grad_(False).to(device)
     return Student(
         network=network,
