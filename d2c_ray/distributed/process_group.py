@@ -42,10 +42,12 @@ class _Backend(_TorchBackend):
         worker_group.execute(_stay_here)
         worker_group.execute(_set_torch_distributed_env_vars)
         workers = len(worker_group)
+        gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
+        backend = backend_config.backend or ("nccl" if gpus else "gloo")  # as Ray chooses
         ray.get(
             [
                 worker_group.execute_single_async(
-                    rank, _setup_torch_process_group, backend=backend_config.backend, world_rank=rank, world_size=workers,
+                    rank, _setup_torch_process_group, backend=backend, world_rank=rank, world_size=workers,
                     init_method=(Path(self._folder) / "store").as_uri(), timeout_s=backend_config.timeout_s,
                 )
                 for rank in range(workers)
