@@ -118,16 +118,24 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
                 note.unlink()
 
 
-def rays_own(head: Head, *words: str) -> subprocess.Popen:
-    """`ray job ...` itself."""
-    name, *rest = words
-    return head.start("-m", "ray.scripts.scripts", "job", name, "--address", head.address, *rest)
-
-
 def submitted(head: Head, *script: str, name: str = "") -> subprocess.Popen:
-    """Ray's own command with a script of jobs/."""
+    """`ray job submit` with a script of jobs/."""
     named = ("--submission-id", name) if name else ()
-    return rays_own(head, "submit", *named, "--working-dir", str(ROOT), "--", "python", *script)
+    own = ("-m", "ray.scripts.scripts", "job", "submit", "--address", head.address)
+    return head.start(*own, *named, "--working-dir", str(ROOT), "--", "python", *script)
+
+
+# Ray's own command, which takes seconds to load and does its work once a file is there.
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from ray.scripts import scripts
+
+go = Path(sys.argv.pop(1))
+while not go.exists():
+    time.sleep(0.02)
+scripts.main()
+"""
 
 
 def driver_of(mark: str) -> psutil.Process:
@@ -219,6 +227,7 @@ def test_a_stopped_job_goes_on_where_it_stopped(head: Head, tmp_path: Path, dril
     folder, twin = tmp_path / "stopped" / "debug", tmp_path / "undisturbed" / "debug"
     mine = ("-m", "d2c_ray.cli", "submit", CONFIG, "--address", head.address, "--stage", "attach", f"run.dir={folder.parent}", *slow)
     process = head.start(*mine, "--submission-id", "stopped")
+    stop = head.start("-c", AT_ONCE, str(tmp_path / "go"), "job", "stop", "--address", head.address, "stopped")
     undisturbed = submitted(head, "jobs/pipeline.py", "attach", CONFIG, "resources.address=auto", f"run.dir={twin.parent}", *slow)
 
     def parts() -> dict[Path, int]:
@@ -226,7 +235,8 @@ def test_a_stopped_job_goes_on_where_it_stopped(head: Head, tmp_path: Path, dril
 
     wait_until(lambda: len(parts()) >= 2, process)
     assert status.read(str(folder), StorageConfig())["state"] == "running"
-    ended(rays_own(head, "stop", "stopped"), 0)
+    (tmp_path / "go").touch()
+    ended(stop, 0)
     ended(process, submit.STOPPED)
     assert submit.STOPPED == cli.STOPPED
     before, found = parts(), status.read(str(folder), StorageConfig())
