@@ -31,13 +31,14 @@ from drilling import Drill
 from faulty_s3 import ACCESS_KEY, SECRET_KEY, FaultyProxy, S3Server
 from pyarrow import fs
 from ray.train import TrainingFailedError
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.context import TrainContext
 from ray.train.v2.api.preemption import PreemptionInfo
 from test_cache import write
 
 from d2c_ray.config import Config, ResourcesConfig, StorageConfig, TrainConfig
 from d2c_ray.data import condensed
-from d2c_ray.distributed import checkpoints, trainer
+from d2c_ray.distributed import checkpoints, process_group, trainer
 from d2c_ray.errors import UserError
 from d2c_ray.models import weights
 from d2c_ray.models.transformer import TransformerSpec
@@ -546,6 +547,13 @@ def test_an_index_that_names_other_folders_is_refused(remote: bool, name: object
     assert checkpoints.mend(place) is None
     assert checkpoints.newest(place) == ""
     checkpoints.tidy(place)
+
+
+@pytest.mark.parametrize(("addresses", "here"), [(["127.0.0.1"], True), (["10.0.0.1"], False), (["127.0.0.1", "10.0.0.2"], False)])
+def test_workers_meet_on_a_cluster_as_ray_has_it(monkeypatch: pytest.MonkeyPatch, addresses: list[str], here: bool) -> None:
+    nodes = [{"Alive": True, "NodeManagerAddress": address} for address in addresses]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "NodeManagerAddress": "10.0.0.9"}])
+    assert (type(process_group.config()) is TorchConfig) == (not here)
 
 
 def whole_states(path: str) -> bool:
