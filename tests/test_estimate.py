@@ -387,7 +387,7 @@ def test_what_does_not_fit_is_said_and_what_is_proposed_fits() -> None:
         "resources.actors=9", "resources.train_workers=16", "the memory of a training step", "the run folder", "a node's copy to train from",
     ]  # fmt: skip
     assert any(
-        line.startswith("does not fit: resources.train_workers=16 wants 16 GPUs; 8 there are: resources.train_workers=8 would do")
+        line.startswith("does not fit: resources.train_workers=16 wants 16 GPUs; the cluster has 8: resources.train_workers=8 would do")
         for line in lines
     )
     for _ in range(9):
@@ -482,13 +482,13 @@ def test_a_manifest_is_read_a_part_at_a_time_and_by_a_run_not_at_all(debug_confi
 @pytest.mark.parametrize(
     ("nodes", "overrides", "words"),
     [
-        ([(2.0, 0.0)], ["resources.actors=2"], "resources.actors=2 wants 3 CPUs, one of them to decode on; 2 there are: resources.actors=1 would do"),
-        ([(8.0, 1.0)], ["resources.actors=2"], "resources.actors=2 wants 2 GPUs; 1 there are: resources.actors=1 would do"),
-        ([(1.0, 2.0), (8.0, 0.0)], ["resources.actors=2"], "resources.actors=2 wants 2 places of 1 CPU and 1 GPU; 1 there are: resources.actors=1 would do"),
-        ([(1.0, 1.0)], ["resources.actors=1"], "resources.actors=1 wants 2 CPUs, one of them to decode on; 1 there are: a larger cluster would do"),
-        ([(4.0, 0.0)], ["resources.actors=1", "resources.train_workers=5", "train.batch_size=80"], "resources.train_workers=5 wants 5 CPUs; 4 there are: resources.train_workers=4"),
-        ([(4.0, 0.0)], ["resources.actors=1", "resources.train_gpus=1"], "resources.train_workers=1 wants 1 GPUs; 0 there are: resources.train_gpus=0 would do"),
-        ([(4.0, 0.0)], ["resources.gpus_per_actor=1", "resources.train_gpus=0"], "resources.actors=1 wants 1 GPUs; 0 there are: resources.gpus_per_actor=0 would do"),
+        ([(2.0, 0.0)], ["resources.actors=2"], "resources.actors=2 wants 3 CPUs, one of them to decode on; the cluster has 2: resources.actors=1 would do"),
+        ([(8.0, 1.0)], ["resources.actors=2"], "resources.actors=2 wants 2 GPUs; the cluster has 1: resources.actors=1 would do"),
+        ([(1.0, 2.0), (8.0, 0.0)], ["resources.actors=2"], "resources.actors=2 wants 2 places of 1 CPU and 1 GPU; the cluster has 1: resources.actors=1 would do"),
+        ([(1.0, 1.0)], ["resources.actors=1"], "resources.actors=1 wants 2 CPUs, one of them to decode on; the cluster has 1: a larger cluster would do"),
+        ([(4.0, 0.0)], ["resources.actors=1", "resources.train_workers=5", "train.batch_size=80"], "resources.train_workers=5 wants 5 CPUs; the cluster has 4: resources.train_workers=4"),
+        ([(4.0, 0.0)], ["resources.actors=1", "resources.train_gpus=1"], "resources.train_workers=1 wants 1 GPUs; the cluster has 0: resources.train_gpus=0 would do"),
+        ([(4.0, 0.0)], ["resources.gpus_per_actor=1", "resources.train_gpus=0"], "resources.actors=1 wants 1 GPUs; the cluster has 0: resources.gpus_per_actor=0 would do"),
         ([(3.0, 0.0)], ["attach.also={more: {encoder: efficientnet-lite0, image_size: 64}, third: {encoder: efficientnet-lite0, image_size: 32}}", "resources.encoders_apart=true"], "resources.actors=3 (a pool for each of 3 encoders) wants 4 CPUs"),
         ([(3.0, 0.0)], ["resources.actors=2"], ""), ([(2.0, 1.0), (2.0, 1.0)], ["resources.actors=2"], ""), ([(4.0, 0.0)], [], ""),
         ([(4.0, 1.0)], ["resources.train_workers=8", "resources.train_workers_min=1", "train.batch_size=128"], ""),

@@ -120,7 +120,7 @@ def _problems(problems: list[dict[str, Any]]) -> list[str]:
         there = (
             f" of the {has} that are planned with ({problem['where']})"
             if problem["planned_with"]
-            else f"; {has} {problem['where'] or 'there are'}"
+            else (f"; {has} {problem['where']}" if problem["where"] else f"; the cluster has {has}")
         )
         out.append(f"does not fit: {problem['what']} wants {wants}{there}: {would}")
     return out
