@@ -36,7 +36,7 @@ class _Backend(_TorchBackend):
 
     _folder: str | None = None
 
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         self._remove()
         self._folder = tempfile.mkdtemp(prefix="d2c-group-")
         worker_group.execute(_stay_here)
@@ -52,7 +52,7 @@ class _Backend(_TorchBackend):
             ]
         )  # fmt: skip
 
-    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         try:
             super().on_shutdown(worker_group, backend_config)
         finally:
