@@ -114,12 +114,17 @@ WORDS = {
 
 
 def measured(
-    wanted: list[tuple[str, Config]], data: Data, side_by_side: int, effort: Effort = QUICK, rows: pa.Table | None = None, known: Any = None
+    wanted: list[tuple[str, Config]],
+    data: Data,
+    side_by_side: int,
+    effort: Effort = QUICK,
+    rows: pa.Table | None = None,
+    known: rates.Rates | None = None,
 ) -> tuple[list[Found], dict[str, str]]:
     """Times the pieces of stages, each kind once, in `side_by_side` processes at once; their mean.
 
     Args:
-        known: a `Rates`, of which nothing is measured again.
+        known: of what is measured already, which is not measured again.
 
     Returns:
         Entries as `rates` takes them, and what could not be measured with the reason.

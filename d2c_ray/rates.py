@@ -9,7 +9,7 @@ assumed         a share of the device's dense peak
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -347,7 +347,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }  # fmt: skip
 
 
-def of(config: Config, mfu: float | None = None, more: Iterable[dict[str, Any]] = ()) -> Rates:
+def of(config: Config, mfu: float | None = None) -> Rates:
     """What is known where a configuration's runs lie.
 
     Raises:
@@ -355,7 +355,7 @@ def of(config: Config, mfu: float | None = None, more: Iterable[dict[str, Any]] 
     """
     if mfu is not None and not 0.0 < mfu <= 1.0:
         raise UserError(f"--mfu {mfu}: the share of the peak that is used; above 0 and up to 1 would do, for example 0.4.")
-    return Rates([*more, *read(Path(config.run.dir))], mfu)
+    return Rates(read(Path(config.run.dir)), mfu)
 
 
 def check(cluster: Cluster, config: Config, rates: Rates) -> None:
