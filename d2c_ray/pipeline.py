@@ -433,8 +433,12 @@ class Status:
         with self._lock:
             self._stopped = True
             self._run |= {"state": "stopped"} if all_of_it else {}
-            self._states |= {name: {"state": "stopped", "at": now()} for name, said in self._states.items() if said["state"] == "running"}
+            running = [name for name, said in self._states.items() if said["state"] == "running"]
+            self._states |= {name: {"state": "stopped", "at": now()} for name in running}
         self._write_if_possible()
+        for name in running:
+            with suppress(OSError, UserError):
+                progress.rewrite(name)  # written now and then, and the last seconds' work counts too
 
     def waits(self, node: Node, lines: list[str]) -> None:
         """Notes what a running stage waits for, or that it goes on."""

@@ -152,7 +152,7 @@ class Progress:
 
 
 def rewrite(folder: str) -> None:
-    """Has the work of a stage's folder, named, write `_progress.json` again, which says what it waits for too."""
+    """Has the work of a stage's folder, named, write `_progress.json` at once: what is done by now, and what it waits for."""
     if (live := _live.get(folder)) is not None:
         live._write()
 

@@ -242,7 +242,8 @@ def test_a_stopped_job_goes_on_where_it_stopped(head: Head, tmp_path: Path, dril
     before, found = parts(), status.read(str(folder), StorageConfig())
     (score,) = [stage for stage in found["stages"] if stage["stage"] == "score"]
     assert found["state"] == score["state"] == "stopped"
-    assert 128 <= score["done"] < score["total"] == 520
+    unit = 16  # the last rows that were kept may not have been counted yet
+    assert 2 * 64 - unit <= score["done"] < score["total"] == 520
 
     ended(head.start(*mine), 0)
     ended(undisturbed, 0)

@@ -15,10 +15,11 @@ import pytest
 from conftest import DEBUG, ROOT
 from faulty_s3 import S3Server
 
-from d2c_ray import cli, pipeline, sweep
+from d2c_ray import cli, logs, pipeline, sweep
 from d2c_ray.config import StorageConfig
 from d2c_ray.errors import Stopped, UserError
 from d2c_ray.plan import Node, Plan, make
+from d2c_ray.progress import Progress
 from d2c_ray.report import outcomes, status
 from d2c_ray.rundir import PROGRESS, run_folder, write_json
 
@@ -244,6 +245,19 @@ def test_what_a_stage_waits_for_is_said(debug_config) -> None:
         assert [line.strip() for line in status.lines(found) if "waits:" in line][1] == "waits: the driver stands in x"
         own.waits(teacher, [])
         assert not [line for line in status.lines(read(plan.folder)) if "waits:" in line]
+
+
+def test_what_a_run_did_just_before_it_was_stopped_counts(debug_config) -> None:
+    """Whoever asks it to end kills it seconds later: the stage itself may write nothing any more."""
+    plan = pipeline.run(debug_config(), "manifest", **SILENT)
+    (score,) = plan.of("score")
+    own = pipeline.Status(plan)
+    own.set(score, "running")
+    with logs.working_for("score", score.name, score.folder.parent.name), Progress("score", 120, "images", score.folder) as progress:
+        progress.advance(48)  # at once, so that it is not written by itself
+        own.stop(all_of_it=True)
+        (stage,) = [stage for stage in read(plan.folder)["stages"] if stage["stage"] == "score"]
+    assert (stage["state"], stage["done"], stage["total"]) == ("stopped", 48, 120)
 
 
 def test_a_sweep_counts_its_trials(debug_config) -> None:
