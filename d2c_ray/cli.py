@@ -9,7 +9,8 @@ import typer
 from typer.core import TyperGroup
 
 from d2c_ray import logs
-from d2c_ray.errors import Stopped, UserError, redacted, shown
+from d2c_ray.errors import Stopped, UserError
+from d2c_ray.wording import redacted, shown
 
 COMMANDS = {
     "run": (
@@ -455,7 +456,7 @@ def submit(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job.")] = False,
 ) -> None:
     if stage not in STAGE_COMMANDS:
-        from d2c_ray.errors import nearest
+        from d2c_ray.wording import nearest
 
         raise UserError(f"--stage {stage}: one of {', '.join(STAGE_COMMANDS)} would do{nearest(stage, STAGE_COMMANDS)}")
     from d2c_ray.distributed import submit as jobs
@@ -556,7 +557,7 @@ def export_model(
 def _of_arm(folders: dict[str, str], arm: str, what: str) -> str:
     """The folder of an arm, which must be named where there are several."""
     if arm and arm not in folders:
-        from d2c_ray.errors import nearest
+        from d2c_ray.wording import nearest
 
         raise UserError(f"--arm {arm}: no such arm; {', '.join(filter(None, folders)) or 'a folder has none'}{nearest(arm, list(folders))}")
     if not arm and len(set(folders.values())) > 1:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from d2c_ray.errors import UserError, first_line, nearest, redacted
+from d2c_ray.errors import UserError
+from d2c_ray.wording import first_line, nearest, redacted
 
 MODEL_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # depth, width, heads
 

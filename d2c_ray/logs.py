@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
-from d2c_ray.errors import redacted
+from d2c_ray.wording import redacted
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from typing import Any
 from d2c_ray import logs, metrics, progress, tracking, watch
 from d2c_ray import plan as plans
 from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, pools, to_yaml
-from d2c_ray.errors import Stopped, UserError, nearest, no_room, redacted
+from d2c_ray.errors import Stopped, UserError, no_room
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
 from d2c_ray.repeating import repeating
 from d2c_ray.rundir import PLAN, STATUS, Lock, maker, now, versions, write_json, write_text
 from d2c_ray.schedule import starting
+from d2c_ray.wording import nearest, redacted
 
 ON_RAY = {"teacher", "score", "embed", "attach", "train", "sample", "unguided", "reference", "evaluate"}
 HEARTBEAT_SEC = 10.0  # between two signs of life in status.json
@@ -446,9 +447,9 @@ class Status:
             state = self._states.get(node.name, {})
             if state.get("state") != "running":
                 return
-            state.pop("waiting", None)
+            state.pop("waits_for", None)
             if lines:
-                state["waiting"] = {"since": now(), "for": lines}
+                state["waits_for"] = {"since": now(), "lines": lines}
         self.write()
 
     def _write_if_possible(self) -> None:

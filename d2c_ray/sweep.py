@@ -32,7 +32,7 @@ from d2c_ray import forecast as forecasts
 from d2c_ray import plan as plans
 from d2c_ray.config import Config, SweepConfig, from_dict, to_dict, to_yaml
 from d2c_ray.data import tables
-from d2c_ray.errors import UserError, redacted
+from d2c_ray.errors import UserError
 from d2c_ray.plan import Node, Plan
 from d2c_ray.repeating import repeating
 from d2c_ray.report import gather, outcomes
@@ -41,6 +41,7 @@ from d2c_ray.report.outcomes import DONE, FAILED, RUNNING, STOPPED, WAITING
 from d2c_ray.rundir import PROGRESS, Lock, StageDir, write_json, write_text
 from d2c_ray.schedule import least, workers
 from d2c_ray.trials import Trial
+from d2c_ray.wording import redacted
 
 OWN = ("train", "sample", "unguided", "evaluate")  # stages that a trial runs; all others are made before
 POINTS = "points"

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 from d2c_ray import logs
 from d2c_ray.config import TrackingConfig
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
 from d2c_ray.rundir import write_json
+from d2c_ray.wording import first_line
 
 SENT = "tracking.json"  # how far a training's folder was sent, and MLflow's run
 PREVIEWS = "previews"

@@ -15,8 +15,9 @@ import numpy as np
 
 from d2c_ray import plan as plans
 from d2c_ray.config import INCEPTION, Config, SweepConfig, dotted, from_dict, merged, to_dict
-from d2c_ray.errors import UserError, nearest
+from d2c_ray.errors import UserError
 from d2c_ray.plan import Plan
+from d2c_ray.wording import nearest
 
 SELECTOR = "select.selector"
 BUDGET = "select.budget"

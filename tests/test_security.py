@@ -29,7 +29,7 @@ from PIL import EpsImagePlugin, Image
 from test_manifest import LOCAL, picture, scan
 from test_tar import pack, walked
 
-from d2c_ray import config, errors, tracking
+from d2c_ray import config, tracking, wording
 from d2c_ray.config import DataConfig, StorageConfig, TrackingConfig
 from d2c_ray.data import at_hand, export, image_sets, manifest, reference_stats, samples, storage, tables, units, verify
 from d2c_ray.data.decode import Undecodable, decode, decode_whole
@@ -431,8 +431,8 @@ def test_class_folders_of_an_export_are_single_names() -> None:
 
 
 def test_what_a_key_holds_does_not_steer_the_terminal() -> None:
-    assert errors.shown("\x1b]0;owned\x07\x9b2J\r\u202ex\nnext\té 🦩") == "\\x1b]0;owned\\x07\\x9b2J\\r\\u202ex\nnext\té 🦩"
-    assert errors.shown("\udcff") == "\\udcff"
+    assert wording.shown("\x1b]0;owned\x07\x9b2J\r\u202ex\nnext\té 🦩") == "\\x1b]0;owned\\x07\\x9b2J\\r\\u202ex\nnext\té 🦩"
+    assert wording.shown("\udcff") == "\\udcff"
 
 
 @pytest.mark.parametrize("name", ["[/b]", "[red]cat[/red]", "[link=http://evil]cat[/link]", "tench [fish]", "\x1b]0;owned\x07\x1b[2J"])
@@ -448,7 +448,7 @@ def test_names_of_classes_in_tables_are_text(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(gather, "selection_classes", lambda node, most: (1, [row]))
     summary.print_selection(None)
     told = capsys.readouterr().out
-    assert errors.shown(name) in told
+    assert wording.shown(name) in told
     assert "\x1b" not in told
 
 
@@ -732,7 +732,7 @@ HIDDEN = {
 
 @pytest.mark.parametrize("text", HIDDEN)
 def test_what_libraries_say_is_shown_without_credentials(text: str) -> None:
-    assert errors.redacted(text.replace("M", MARK)) == HIDDEN[text]
+    assert wording.redacted(text.replace("M", MARK)) == HIDDEN[text]
 
 
 @pytest.mark.parametrize(
@@ -749,13 +749,13 @@ def test_what_libraries_say_is_shown_without_credentials(text: str) -> None:
     ],
 )
 def test_what_is_no_credential_is_shown_as_it_is(text: str) -> None:
-    assert errors.redacted(text) == text
+    assert wording.redacted(text) == text
 
 
 def test_hiding_takes_no_time_that_grows_with_the_square() -> None:
     for text in ("a:" * 100_000 + "@", "://" * 100_000 + "@", "token" * 60_000 + "=", "!" * 200_000 + ":@", "?" * 200_000 + "="):
         start = time.process_time()
-        errors.redacted(text)
+        wording.redacted(text)
         assert time.process_time() - start < 10
 
 

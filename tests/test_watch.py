@@ -249,9 +249,9 @@ def test_a_pool_that_finds_no_room_is_named_until_it_goes_on(run: Run, tmp_path:
             return next(value for name, value in found.items() if name.startswith("scores-"))
         return {}
 
-    until(lambda: errors or any("MapBatches(Scorer)" in line for line in status().get("waiting", {}).get("for", [])))
+    until(lambda: errors or any("MapBatches(Scorer)" in line for line in status().get("waits_for", {}).get("lines", [])))
     assert not errors, errors
-    waits = status()["waiting"]["for"]
+    waits = status()["waits_for"]["lines"]
     assert "operator MapBatches(Scorer): 1 of 1 actor not there yet, 1 CPU each" in waits
     assert any(re.fullmatch(r"\d+ x 1 CPU asked for: taken on \S+ \(0 of 3 CPU free\)", line) for line in waits), waits
     assert "actors alive: 1 Holder" in waits
@@ -262,7 +262,7 @@ def test_a_pool_that_finds_no_room_is_named_until_it_goes_on(run: Run, tmp_path:
     ray.kill(holder)
     thread.join(120)
     assert not thread.is_alive() and not errors, errors
-    assert status()["state"] == "done" and "waiting" not in status()
+    assert status()["state"] == "done" and "waits_for" not in status()
     said = capsys.readouterr().err
     assert re.search(r"^d2c: score: no progress for \d+ s: operator MapBatches", said, re.MULTILINE)
     assert "d2c: score: goes on\n" in said

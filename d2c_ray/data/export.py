@@ -19,8 +19,9 @@ from PIL import Image
 
 from d2c_ray.data import provenance, storage, tables
 from d2c_ray.data.decode import FORMATS
-from d2c_ray.errors import UserError, first_line, nearest
+from d2c_ray.errors import UserError
 from d2c_ray.rundir import SUCCESS, UMASK, whole
+from d2c_ray.wording import first_line, nearest
 
 PER_SHARD = 10_000
 METADATA = "metadata.csv"  # beside the class folders

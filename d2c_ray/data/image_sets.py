@@ -18,8 +18,9 @@ from PIL import Image
 
 from d2c_ray.data import npz, tables
 from d2c_ray.data.decode import Undecodable, centre_crop, decode, decode_whole
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
 from d2c_ray.rundir import PROGRESS
+from d2c_ray.wording import first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGES, LABELS = "arr_0", "arr_1"  # of an .npz, as ADM's samples and reference batches name them

@@ -23,7 +23,8 @@ from d2c_ray import schema
 from d2c_ray.config import DataConfig, StorageConfig
 from d2c_ray.data import samples, storage, tables, tar, wordnet
 from d2c_ray.data.storage import Entry
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
+from d2c_ray.wording import first_line
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _IMAGE_EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)

@@ -19,7 +19,8 @@ from random import SystemRandom
 from typing import Any
 
 from d2c_ray.config import StorageConfig
-from d2c_ray.errors import UserError, redacted
+from d2c_ray.errors import UserError
+from d2c_ray.wording import redacted
 
 S3 = "s3://"
 PIECE_BYTES = 16 << 20  # most that one request asks for

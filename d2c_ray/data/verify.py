@@ -21,9 +21,10 @@ from d2c_ray import schema
 from d2c_ray.config import DataConfig, TextConfig
 from d2c_ray.data import at_hand, attached, provenance, tables
 from d2c_ray.data.decode import Undecodable, decode
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
 from d2c_ray.models.text import prompt
 from d2c_ray.rundir import SUCCESS
+from d2c_ray.wording import first_line
 
 CLASSES = "classes.parquet"
 COSINE = 0.99  # of a stored token to its new encoding, at least: other hardware and library versions stay above

@@ -30,10 +30,11 @@ from safetensors import SafetensorError, safe_open
 from d2c_ray import logs, metrics
 from d2c_ray.config import StorageConfig
 from d2c_ray.data import storage
-from d2c_ray.errors import UserError, redacted
+from d2c_ray.errors import UserError
 from d2c_ray.rundir import UMASK
 from d2c_ray.training import state
 from d2c_ray.training.loop import crosses
+from d2c_ray.wording import redacted
 
 NAME = "checkpoints"
 KEPT = "kept"

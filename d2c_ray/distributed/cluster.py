@@ -16,8 +16,9 @@ from ray._private import auto_init_hook, ray_constants
 from d2c_ray import logs
 from d2c_ray.config import ResourcesConfig
 from d2c_ray.distributed import telemetry
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
 from d2c_ray.hardware import AT_HAND, LIGHT_CPUS, Cluster, cores, cpu_name, decode_cpus, gpu_models, lacking, room
+from d2c_ray.wording import first_line
 
 # Of tasks and actors: anywhere in the cluster. By default those that a trial of a sweep starts would have to fit into its own place,
 # which is for its driver alone.

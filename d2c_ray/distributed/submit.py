@@ -28,8 +28,9 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from d2c_ray import config as configs
 from d2c_ray.distributed.cluster import answers
-from d2c_ray.errors import UserError, first_line, redacted
+from d2c_ray.errors import UserError
 from d2c_ray.rundir import commit_of, run_folder
+from d2c_ray.wording import first_line, redacted
 
 # Besides what .gitignore and .rayignore name, and .git, .venv, venv and __pycache__, which Ray leaves out itself. Without a slash at
 # their ends folders match too, and are not walked through file by file.

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
 from d2c_ray.models import hub
 from d2c_ray.models.frozen import file_hash
+from d2c_ray.wording import first_line
 
 FILES = ["model_index.json", "transformer/*", "scheduler/*", "vae/config.json"]  # of a repository, all that is read
 # What `diffusion.ddpm` is, in the words of a diffusers scheduler.

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from d2c_ray.config import VaeConfig
-from d2c_ray.errors import UserError, in_markdown
+from d2c_ray.errors import UserError
 from d2c_ray.models import frozen, weights
+from d2c_ray.wording import in_markdown
 
 MODULE = "d2c_transformer"  # no name of diffusers' own
 _IMPORT = "from d2c_ray.models.transformer import "

@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2c_ray.config import VaeConfig
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
 from d2c_ray.models.offline import is_only_local
+from d2c_ray.wording import first_line
 
 # Name: package and class that know the weight file, and the feature width.
 EFFICIENTNETS = {

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
 from d2c_ray.models.frozen import file_hash
 from d2c_ray.models.offline import is_only_local
+from d2c_ray.wording import first_line
 
 # What transformers reads; where a repository holds both kinds, the safetensors.
 WEIGHTS = (

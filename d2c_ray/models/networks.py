@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from d2c_ray.config import DINOV2, EFFICIENTNETS, INCEPTION, EvaluateConfig, VisionConfig
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
 from d2c_ray.models import frozen, hub, vision
 from d2c_ray.models.offline import is_only_local
+from d2c_ray.wording import first_line
 
 INCEPTION_WIDTH, INCEPTION_SIZE = 2048, 299
 DINOV2_SIZE = 224  # of FD-DINOv2

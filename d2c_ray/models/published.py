@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
 from d2c_ray.models import dit_folder, hub, weights
 from d2c_ray.models.frozen import file_hash
 from d2c_ray.models.transformer import Transformer, TransformerSpec, sincos_position
+from d2c_ray.wording import first_line
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 _ENDS = ("weight", "bias")

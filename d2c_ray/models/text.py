@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from d2c_ray.config import TextConfig, fillable
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
 from d2c_ray.models import frozen, hub
+from d2c_ray.wording import first_line
 
 KEY = "attach.text.encoder"
 _T5 = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}

@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from d2c_ray.errors import UserError, first_line
+from d2c_ray.errors import UserError
 from d2c_ray.models.frozen import file_hash
 from d2c_ray.models.transformer import Transformer, TransformerSpec
+from d2c_ray.wording import first_line
 
 META = "model.json"
 TEXT = "text.safetensors"

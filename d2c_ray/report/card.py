@@ -13,12 +13,12 @@ from PIL import Image
 from d2c_ray.config import DataConfig
 from d2c_ray.data import provenance, tables
 from d2c_ray.data.decode import decode
-from d2c_ray.errors import in_markdown
 from d2c_ray.evaluate.record import differences
 from d2c_ray.plan import READS
 from d2c_ray.progress import clock
 from d2c_ray.report import contact_sheet, numbers
 from d2c_ray.rundir import write_bytes, write_text
+from d2c_ray.wording import in_markdown
 
 NAME, PICTURE = "README.md", "examples.png"
 SHOWN_CLASSES, SHOWN_IMAGES = 10, 8  # of the picture

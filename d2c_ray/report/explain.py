@@ -9,8 +9,9 @@ import pyarrow.compute as pc
 
 from d2c_ray.config import FEATURE_SELECTORS, SelectConfig
 from d2c_ray.data import tables
-from d2c_ray.errors import UserError, nearest
+from d2c_ray.errors import UserError
 from d2c_ray.plan import Node, Plan
+from d2c_ray.wording import nearest
 
 SHOWN = 5
 

@@ -6,8 +6,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from d2c_ray.errors import shown as printable
 from d2c_ray.report.gather import Arm
+from d2c_ray.wording import shown as printable
 
 matplotlib.use("Agg")
 

@@ -129,8 +129,8 @@ def _stage(folder: _Folder, node: dict[str, Any], said: dict[str, Any], run: str
     if state == "running" and run != "running":
         state = "stopped"  # with its run
     found |= {"state": state, **({"error": own["error"]} if "error" in own else {})}
-    if state == "running" and "waiting" in own:
-        found["waits_for"] = own["waiting"]["for"]
+    if state == "running" and "waits_for" in own:
+        found["waits_for"] = own["waits_for"]["lines"]
     if state == "waiting":
         return found
     progress = folder.json(f"{node['folder']}/{PROGRESS}") or {}

@@ -1,10 +1,10 @@
 """What the commands print when they are done."""
 
 from d2c_ray.data import score_parts
-from d2c_ray.errors import shown
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
 from d2c_ray.report import gather, html, numbers
+from d2c_ray.wording import shown
 
 
 def print_summary(plan: Plan) -> None:
