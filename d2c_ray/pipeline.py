@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2c_ray import logs, metrics, progress, tracking, watch
+from d2c_ray import logs, metrics, progress, stopping, tracking, watch
 from d2c_ray import plan as plans
 from d2c_ray.config import CHOICES, EFFICIENTNETS, Config, EmbedConfig, pools, to_yaml
-from d2c_ray.errors import Stopped, UserError, no_room
+from d2c_ray.errors import UserError, no_room
 from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
@@ -89,7 +89,7 @@ def compare_selectors(config: Config, names: list[str], say: Say = print) -> tup
 
 def _run(plan: Plan, upto: str, say: Say, record: bool) -> Plan:
     status = Status(plan, record)
-    with stoppable(), status.kept(upto):
+    with stopping.stoppable(), status.kept(upto), stopping.as_raised():
         return _run_with(plan, upto, say, record, status)
 
 
@@ -282,8 +282,14 @@ def connect(config: Config, attaching: list[Config], dashboard: bool = False) ->
     """
     from d2c_ray.distributed import cluster
 
-    cluster.connect(config.resources, dashboard)
-    _listen()  # Ray has taken the signal
+    try:
+        cluster.connect(config.resources, dashboard)
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        stopping.stop()  # Ray's handler has the signal while Ray connects
+    finally:
+        stopping.listen()
     cluster.preflight(config.resources, max((pools(own) for own in attaching), default=1))
     return cluster.places(config.resources)
 
@@ -332,29 +338,6 @@ def _in_thread(work: Callable[[], float]) -> "Future[float]":
 
     threading.Thread(target=call, daemon=True).start()
     return future
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """While the block runs, SIGTERM raises `Stopped` in the main thread, so that locks are let go of and status.json says what happened."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    _listen()
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-def _listen() -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)
-
-
-def _stop(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut off the cleaning up after the first
-    raise Stopped
 
 
 class Status:

@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from d2c_ray import bench, estimate, hardware, logs, metrics, pipeline, rates, tracking, trials
+from d2c_ray import bench, estimate, hardware, logs, metrics, pipeline, rates, stopping, tracking, trials
 from d2c_ray import forecast as forecasts
 from d2c_ray import plan as plans
 from d2c_ray.config import Config, SweepConfig, from_dict, to_dict, to_yaml
@@ -144,7 +144,7 @@ def run(config: Config, say: Say = print) -> Sweep:
 
 def _run(sweep: Sweep, say: Say) -> None:
     status = pipeline.Status(sweep.plan)
-    with pipeline.stoppable(), status.kept("sweep", sweep=sweep.folder.name):
+    with stopping.stoppable(), status.kept("sweep", sweep=sweep.folder.name), stopping.as_raised():
         _run_with(sweep, status, say)
 
 

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "d2c_ray"
 LAYERS = {
-    0: ("config", "schema", "seeding", "errors", "wording", "logs", "metrics", "repeating"),
+    0: ("config", "schema", "seeding", "errors", "stopping", "wording", "logs", "metrics", "repeating"),
     1: ("models", "diffusion", "selection", "training", "evaluate", "data.decode", "hardware"),
     2: (
         "rundir",

@@ -19,14 +19,14 @@ import torch
 from conftest import DEBUG, ROOT
 from drilling import Drill, contents
 
-from d2c_ray import forecast, pipeline, schema
-from d2c_ray.config import load
+from d2c_ray import cli, forecast, pipeline, schema
+from d2c_ray.config import StorageConfig, load
 from d2c_ray.data import tables
 from d2c_ray.data.decode import decode
 from d2c_ray.errors import UserError
 from d2c_ray.models import weights
 from d2c_ray.report import estimate as printed
-from d2c_ray.report import numbers
+from d2c_ray.report import numbers, status
 from d2c_ray.selection import difficulty
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
@@ -536,6 +536,22 @@ def test_a_few_photographs_are_learned(cifar10: Path, tmp_path: Path) -> None:
     page = (plan.folder / "report.html").read_text()
     assert 'alt="samples after 20480 images"' in page
     assert 'alt="generated images of frog"' in page
+
+
+def test_stopped_while_ray_starts_it_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    process = start("run", str(DEBUG), f"run.dir={tmp_path}")
+    family: set[psutil.Process] = set()
+
+    def starting() -> bool:
+        family.update(psutil.Process(process.pid).children(recursive=True))
+        return any("gcs_server" in child.name() for child in family if child.is_running())
+
+    wait_for(starting, process)
+    process.terminate()
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == cli.STOPPED and "stopped; the same command goes on" in out and "Traceback" not in out, out[-4000:]
+    assert status.read(str(tmp_path / "debug"), StorageConfig())["state"] == "stopped"
+    assert not psutil.wait_procs(family, timeout=60)[1]
 
 
 @pytest.mark.drill("cluster too small")

@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from conftest import DEBUG, ROOT
 from faulty_s3 import S3Server
 
-from d2c_ray import cli, logs, pipeline, sweep
+from d2c_ray import cli, logs, pipeline, stopping, sweep
 from d2c_ray.config import StorageConfig
 from d2c_ray.errors import Stopped, UserError
 from d2c_ray.plan import Node, Plan, make
@@ -39,7 +40,7 @@ def stages(found: dict) -> dict[str, str]:
 def going_on(plan: Plan, upto: str = "report") -> Iterator[pipeline.Status]:
     """A run of this process, whose stages the test plays; SIGTERM stops it."""
     own = pipeline.Status(plan)
-    with pipeline.stoppable(), own.kept(upto):
+    with stopping.stoppable(), own.kept(upto):
         yield own
 
 
@@ -119,15 +120,14 @@ def test_signs_of_life_come_by_themselves(debug_config, monkeypatch: pytest.Monk
         for _ in range(500):
             if path.stat().st_ino != before:
                 break
-            pipeline.time.sleep(0.02)
+            time.sleep(0.02)
         assert path.stat().st_ino != before
 
 
 def stopped(plan: Plan, node: Node) -> None:
     with going_on(plan) as own:
         own.set(node, "running")
-        os.kill(os.getpid(), signal.SIGTERM)
-        pipeline.time.sleep(5)
+        asked()
 
 
 def failed_beside(plan: Plan, node: Node) -> None:
@@ -153,11 +153,11 @@ def test_a_full_disk_ends_no_heartbeat_and_hides_no_other_error(debug_config, mo
                 patched.setattr(os, "replace", full)
                 with pytest.raises(UserError, match="no room"):
                     own.write()
-                pipeline.time.sleep(0.2)
+                time.sleep(0.2)
                 own.stop()
-            until = pipeline.time.monotonic() + 10
-            while path.stat().st_ino == before and pipeline.time.monotonic() < until:
-                pipeline.time.sleep(0.02)
+            until = time.monotonic() + 10
+            while path.stat().st_ino == before and time.monotonic() < until:
+                time.sleep(0.02)
             assert path.stat().st_ino != before, "there is room again"
             monkeypatch.setattr(os, "replace", full)
             raise ValueError("the one")
@@ -180,6 +180,56 @@ def test_sigterm_stops_a_run_that_then_says_so(debug_config) -> None:
         failed_beside(plan, score)
     found = read(plan.folder)
     assert stages(found)["score"] == "stopped" and found["error"] == "ValueError: the one"
+
+
+class Late:
+    """Asks the process to end while it is finalised, where Python drops what is raised."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+
+def asked() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+
+
+def swallowed() -> None:
+    with suppress(BaseException):
+        asked()
+
+
+@pytest.mark.parametrize("where", [Late, swallowed])
+def test_a_request_to_stop_that_gets_lost_comes_again(where: Callable[[], object]) -> None:
+    cleaned: list[str] = []
+
+    def work() -> None:
+        where()
+        cleaned.append("went on")
+        try:
+            time.sleep(30)
+        finally:
+            for _ in range(3):  # of whoever is impatient
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(2 * stopping.AGAIN_SEC)
+            cleaned.append("cleaned up")
+
+    with pytest.raises(Stopped), stopping.stoppable():
+        work()
+    assert cleaned == ["went on", "cleaned up"]
+    with pytest.raises(Stopped), stopping.stoppable():  # while the first exception is still known
+        asked()
+
+
+def test_what_is_left_of_a_lost_one_stops_nothing_later() -> None:
+    before = signal.signal(signal.SIGTERM, lambda *of: pytest.fail("a signal after the block"))
+    try:
+        with stopping.stoppable():
+            swallowed()
+        time.sleep(4 * stopping.AGAIN_SEC)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_copy_in_a_bucket_says_the_same(debug_config, server: S3Server, capsys: pytest.CaptureFixture[str]) -> None:

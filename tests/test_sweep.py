@@ -15,9 +15,10 @@ import yaml
 from conftest import ROOT
 from test_pipeline import finish, kill, start, wait_for
 
-from d2c_ray.config import SweepConfig, load
+from d2c_ray import cli
+from d2c_ray.config import StorageConfig, SweepConfig, load
 from d2c_ray.distributed import sweep as tuning
-from d2c_ray.report import outcomes
+from d2c_ray.report import outcomes, status
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
 
@@ -44,10 +45,14 @@ def config(cifar10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def done(folder: Path) -> dict[str, Path]:
-    """The files of finished trials, by id."""
+def trials(folder: Path, state: str) -> dict[str, Path]:
+    """The files of trials in a state, by id."""
     found = {path.stem: path for path in folder.glob("sweep-*/trials/*.json")}
-    return {name: path for name, path in found.items() if outcomes.read_record(path.parent.parent, name)["state"] == "done"}
+    return {name: path for name, path in found.items() if outcomes.read_record(path.parent.parent, name)["state"] == state}
+
+
+done = partial(trials, state="done")
+running = partial(trials, state="running")
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -55,10 +60,20 @@ def results(folder: Path) -> dict[str, dict]:
     return {row["trial"]: row for row in pq.read_table(path).to_pylist()}
 
 
-def test_a_sweep_whose_driver_is_killed_ends_as_one_that_is_not(config: Path, tmp_path: Path) -> None:
+def test_a_sweep_that_is_stopped_and_one_whose_driver_is_killed_end_as_one_that_is_not(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed" / "small"
     process = start("sweep", str(config), f"run.dir={os.path.relpath(folder.parent, ROOT)}")  # trials find it from wherever they work
-    wait_for(lambda: len(done(folder)) >= 1 and len(list(folder.glob("train-*"))) >= 2, process)
+    wait_for(lambda: done(folder) and running(folder), process)
+    process.terminate()
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == cli.STOPPED and "stopped; the same command goes on" in out and "Traceback" not in out, out[-4000:]
+    found = status.read(str(folder), StorageConfig())
+    assert found["state"] == "stopped" and found["sweep"]["counts"]["cut_off"] == 1, found
+
+    (trial,) = running(folder).values()
+    before = trial.stat().st_ino
+    process = start("sweep", str(config), f"run.dir={folder.parent}")
+    wait_for(lambda: trial.stat().st_ino != before, process)  # it has taken it up
     kill(process)
     kept = {path: path.stat().st_mtime_ns for path in [*folder.glob("*/_SUCCESS.json"), *done(folder).values()]}
     assert 1 <= len(done(folder)) < 3
