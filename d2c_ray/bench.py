@@ -129,6 +129,8 @@ def measured(
     Returns:
         Entries as `rates` takes them, and what could not be measured with the reason.
     """
+    if not wanted:
+        return [], {}
     here, work = hardware.here(), dict[tuple[str, str], tuple[Piece | None, Config]]()
     had = {(entry["what"], entry["shape"]) for entry in (known.entries if known else []) if _is_mine(entry, here, wanted)}
     for stage, config in wanted:

@@ -730,7 +730,10 @@ def _check_overrides(overrides: list[str] | tuple[str, ...]) -> None:
     """Refuses credentials in what the command line says, before anything else is said of it."""
     for override in overrides:
         key, _, given = override.partition("=")
-        _check_no_credentials({key: given, "": override})
+        _check_no_credentials({key: given, "": f"{key}=" if _LOCAL_PATH.fullmatch(given) else override})
+
+
+_LOCAL_PATH = re.compile(r"(~|\.{0,2})/(?!/)(?!.*://)[^?&=]*")  # where name:tag@digest is a folder's name
 
 
 def _check_no_credentials(values: Any) -> None:
@@ -739,9 +742,11 @@ def _check_no_credentials(values: Any) -> None:
     What is found is not said, and nothing else is said before.
     """
     for where, text in _texts(values):
-        if redacted(text) != text:
+        if redacted(text) != text and not _LOCAL_PATH.fullmatch(text):
             how = f"; {_CREDENTIALS[where]} in the environment would do" if where in _CREDENTIALS else ""
-            raise UserError(f"{where} holds a user name or a password, or a token, which a configuration is no place for{how}.") from None
+            raise UserError(
+                f"{where} holds a user name or a password, or a token, which a configuration is no place for{how}. Words of the form a:b@c count as such."
+            ) from None
 
 
 def _check_raw(layer: Any) -> None:

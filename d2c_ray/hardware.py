@@ -219,7 +219,7 @@ def kind(name: str) -> str | None:
 def memory_bytes(name: str) -> float | None:
     """Memory of a GPU by its name; None: not known."""
     words = name.upper().replace("-", " ").split()
-    for word in words:
+    for word in () if "GH200" in words else words:  # whose name ends with the CPU's memory
         if said := re.fullmatch(r"(\d+)GB?", word):
             return float(said[1]) * 1e9
     return next((size * 1e9 for wanted, size in _MEMORY if all(word in words for word in wanted)), None)

@@ -23,7 +23,7 @@ from d2c_ray.job import Job, Result, Stage
 from d2c_ray.plan import Node, Plan
 from d2c_ray.progress import clock
 from d2c_ray.repeating import repeating
-from d2c_ray.rundir import PLAN, STATUS, Lock, maker, now, versions, write_json, write_text
+from d2c_ray.rundir import PLAN, STATUS, Lock, maker, now, pid_namespace, versions, write_json, write_text
 from d2c_ray.schedule import starting
 from d2c_ray.wording import nearest, redacted
 
@@ -237,7 +237,7 @@ def _make(node: Node, share: int, status: "Status") -> None:
             }
         )  # fmt: skip
     except BaseException as error:
-        with suppress(UserError):  # on a full disk the status cannot be written either
+        with suppress(OSError, UserError):  # on a full disk, or one that is gone, the status cannot be written either
             status.set(node, "failed", redacted(f"{type(error).__name__}: {error}"))
         raise
     status.set(node, "done")
@@ -350,7 +350,14 @@ class Status:
         self._states: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._stopped = False
-        self._run: dict[str, Any] = {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "started": now(), **_ray_job()}
+        self._run: dict[str, Any] = {
+            "state": "running",
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "pid_namespace": pid_namespace(),
+            "started": now(),
+            **_ray_job(),
+        }
         if record:
             from d2c_ray.report import gather
 

@@ -34,7 +34,7 @@ from d2c_ray.config import Config, SweepConfig, from_dict, to_dict, to_yaml
 from d2c_ray.data import tables
 from d2c_ray.errors import UserError
 from d2c_ray.plan import Node, Plan
-from d2c_ray.repeating import repeating
+from d2c_ray.repeating import once, repeating
 from d2c_ray.report import gather, outcomes
 from d2c_ray.report import sweep as report
 from d2c_ray.report.outcomes import DONE, FAILED, RUNNING, STOPPED, WAITING
@@ -409,7 +409,7 @@ def _watched(sweep: Sweep, total: int, interval_sec: float, say: Say) -> Iterato
         with repeating(look, min(interval_sec, COUNT_SEC), "d2c-trials"):
             yield ended
     finally:
-        _count(sweep, total, outcomes.records(sweep.folder))
+        once(lambda: _count(sweep, total, outcomes.records(sweep.folder)), "d2c-trials")
 
 
 def _count(sweep: Sweep, total: int, records: list[dict[str, Any]]) -> None:

@@ -890,6 +890,12 @@ def test_a_class_may_be_called_as_the_table_beside_the_folders() -> None:
     assert export.folder_names(["cat", "Metadata.csv"]) == ["cat", "Metadata.csv_1"]
 
 
+def test_the_table_beside_the_folders_names_them_as_they_are_and_holds_no_formula() -> None:
+    names = ["-minus", "=1+1", "@home", "+", "a-b"]
+    places = export.folder_names(names)
+    assert places == ["_minus", "_1+1", "_home", "_", "a-b"]
+
+
 def test_unlabelled_images_export(made_plain: Path, tmp_path: Path) -> None:
     export.export(made_plain, "folders", tmp_path / "folders")
     assert [path.name for path in (tmp_path / "folders").iterdir() if path.is_dir()] == ["unlabelled"]

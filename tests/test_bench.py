@@ -371,6 +371,7 @@ def test_a_gpu_that_ray_names_is_taken_for_what_was_benched(monkeypatch: pytest.
 def test_names_of_gpus_are_known_in_small_letters_and_all_are_named() -> None:
     assert hardware.kind("h100 pcie") == "H100 PCIe" and hardware.kind("rtx-4090") == "RTX 4090" and hardware.kind("rtx 4090 d") is None
     assert hardware.memory_bytes("a100-80gb") == 80e9 and hardware.memory_bytes("l4") == 24e9
+    assert hardware.memory_bytes("NVIDIA GH200 480GB") == 96e9, "the name says the CPU's"
     rates.check(hardware.described("8xh100"), load(DEBUG), rates.Rates([]))
     with pytest.raises(
         UserError,

@@ -297,6 +297,7 @@ def test_what_a_job_could_not_use_is_refused_before_anything_is_uploaded(tmp_pat
     there = f"run.dir={tmp_path}"
     refused("unknown configuration key 'train.lrr'", there, "train.lrr=3")
     refused("run.dir=runs is relative.*/shared/runs would do")
+    refused("run.dir= is relative", "run.dir=''")
     refused("sweep", there, command="sweep")  # of no axes
     refused("'.*debug.yaml' is not uploaded", there, exclude=("debug.yaml",))
     refused("data.classes=.* is not uploaded", there, f"data.classes={os.path.relpath(ROOT.parent)}")
@@ -452,6 +453,10 @@ class FlakyHead:
             await channel.send_str(piece)
         if end == "silence":
             await asyncio.sleep(30)
+        elif end == "quiet and cut":
+            await asyncio.sleep(4 * submit.PATIENCE_SEC)
+            self._details |= self.over
+            request.transport.abort()
         elif end == "cut":
             await asyncio.sleep(0.2)
             request.transport.abort()
@@ -478,6 +483,12 @@ def test_a_log_is_followed_over_lost_connections(monkeypatch: pytest.MonkeyPatch
     assert "no room for its environment" in capsys.readouterr().out
 
     monkeypatch.setattr(submit, "PATIENCE_SEC", 0.5)
+    quiet = [(["one\n"], "quiet and cut"), (["one\ntwo\n"], "close")]  # for longer than patience lasts, but the head answers
+    with FlakyHead(quiet, {"status": "RUNNING"}) as head:
+        head.over = {"status": "SUCCEEDED", "driver_exit_code": 0}
+        assert follow(head) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+
     with FlakyHead([], {"status": "RUNNING"}) as head:
         client = submit._Client(head.address)
     assert asyncio.run(submit._follow(client, "job", print)) == submit.LOST

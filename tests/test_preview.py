@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,3 +66,19 @@ def test_a_preview_that_fails_costs_the_training_nothing(tmp_path: Path, capsys:
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("d2c: no more previews after 96 images: ") and "no-vae" in line
     assert not (tmp_path / "previews").exists()
+
+
+def test_what_shows_a_training_neither_hides_its_error_nor_leaves_trackers_open(tmp_path: Path) -> None:
+    closed: list[bool] = []
+    trackers = SimpleNamespace(follow=lambda records: None, close=lambda whole: closed.append(whole))
+
+    def broken(*told: object) -> None:
+        raise OSError("cannot show")
+
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"images": 8, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match="diverged"), trainer._followed(metrics, SimpleNamespace(at=broken), trackers, lambda: ""):
+        raise ValueError("diverged")
+    with trainer._followed(metrics, SimpleNamespace(at=broken), trackers, lambda: ""):
+        pass
+    assert closed == [False, True]

@@ -722,6 +722,13 @@ def test_no_field_takes_a_password(field: str) -> None:
     assert raised.value.__cause__ is None
 
 
+def test_a_folder_may_be_called_as_a_password_would_look() -> None:
+    assert config.load(None, ["data.path=/mnt/nas/images:v1@2024/train"]).data.path == "/mnt/nas/images:v1@2024/train"
+    for value in (f"//user:{MARK}@host/x", f"/x://user:{MARK}@host", f"user:{MARK}@host/x", f"/x?token={MARK}"):
+        with pytest.raises(UserError, match="Words of the form a:b@c count as such"):
+            config.load(None, [f"data.path={value}"])
+
+
 HIDDEN = {
     "http://user:M@127.0.0.1:1: refused": "http://***@127.0.0.1:1: refused", "https://M@host/x": "https://***@host/x", "user:M@host:9000": "***@host:9000",
     "http://user:p@M@host": "http://***@host", "http://user:M/x@host": "http://***@host", "a://b/?x=1&token=M&y=2": "a://b/?x=1&token=***&y=2",

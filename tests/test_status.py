@@ -104,6 +104,9 @@ def test_a_run_that_goes_on_one_that_was_killed_and_one_elsewhere(debug_config) 
     write_json(plan.folder / "status.json", {**said, "pid": int(killed.stdout)})
     found = read(plan.folder)
     assert found["state"] == "gone" and stages(found)["score"] == "stopped" and "left_sec" not in found["stages"][2]
+    # Of a container that has this machine's name.
+    write_json(plan.folder / "status.json", {**said, "pid": int(killed.stdout), "pid_namespace": 1})
+    assert read(plan.folder)["state"] == "running"
     write_json(plan.folder / "status.json", {**said, "host": "elsewhere", "every_sec": 10.0})
     assert read(plan.folder, seconds=20)["state"] == "running"
     found = read(plan.folder, minutes=10)

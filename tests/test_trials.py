@@ -346,7 +346,8 @@ def test_a_trial_that_has_not_begun_waits(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_says_what_it_takes_and_makes_nothing_but_the_list_of_images(tmp_path: Path) -> None:
-    found = sweep.forecast(given(f"run.dir={tmp_path}", "sweep.axes={select.budget: [20, 40]}", "sweep.seeds=[0, 1]", "sweep.concurrent=1"))
+    whole = given(f"run.dir={tmp_path}", "sweep.axes={select.budget: [20, 40]}", "sweep.seeds=[0, 1]", "sweep.concurrent=1")
+    found = sweep.forecast(whole)
     assert (found["trials"], found["points"], found["twins"], found["finished"], found["concurrent"]) == (8, 4, 4, 0, 1)
     assert found["stages"]["train"] == {"folders": 8, "to_make": 8} and found["stages"]["score"] == {"folders": 1, "to_make": 1}
     assert found["stages"]["select"]["folders"] == 6, "interval draws nothing, a random choice is another with another seed"
@@ -358,5 +359,10 @@ def test_a_dry_run_says_what_it_takes_and_makes_nothing_but_the_list_of_images(t
     ]
     printed = "\n".join(report.forecast_lines(found))
     assert "8 trials of 4 points, 4 of them random twins; 1 at once" in printed and "hours: 0." in printed
+    for node in (node for trial in sweep.make(whole).trials for node in trial.plan.nodes if not node.dir.done):
+        node.folder.mkdir()
+        (node.folder / "_SUCCESS.json").write_text("{}")
+    found = sweep.forecast(whole)
+    assert not any(stage["to_make"] for stage in found["stages"].values()) and found["trial_seconds"] == 0, "nothing is left to do"
     optuna = sweep._unknown(sweep.make(given(f"run.dir={tmp_path}", "sweep.search=optuna", "sweep.num_points=3")))
     assert len(optuna) == 3 * 3 * 2 and sum(trial.twin for trial in optuna) == 9

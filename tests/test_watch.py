@@ -373,6 +373,21 @@ def test_work_is_repeated_until_the_block_ends() -> None:
     assert len(calls) == count and not any(thread.name == "d2c-test" for thread in threading.enumerate())
 
 
+def test_work_that_fails_is_repeated_all_the_same_and_each_failure_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    errors = [OSError("stale\nof many lines"), OSError("stale"), None, OSError("stale"), ValueError("other")]
+    calls: list[Exception | None] = []
+
+    def work() -> None:
+        calls.append(errors[len(calls)] if len(calls) < len(errors) else None)
+        if calls[-1] is not None:
+            raise calls[-1]
+
+    with repeating(work, 0.01, "d2c-test"):
+        until(lambda: len(calls) > len(errors), 5)
+    said = [line for line in capsys.readouterr().err.splitlines() if "d2c-test" in line]
+    assert said == ["d2c: d2c-test: OSError: stale", "d2c: d2c-test: OSError: stale", "d2c: d2c-test: ValueError: other"]
+
+
 def test_progress_that_is_over_is_not_written_again(tmp_path: Path) -> None:
     with Progress("score", 3, "images", tmp_path) as progress:
         progress.done = 2

@@ -246,4 +246,6 @@ def _safe(name: str) -> str:
     name = "".join("_" if char in '<>:"/\\|?*' or unicodedata.category(char)[0] == "C" else char for char in name)
     name = name.encode("utf-8", "replace")[:_FOLDER_BYTES].decode("utf-8", "ignore")
     name = " ".join(name.split()).strip(". ")  # hidden, or eaten by Windows
+    if name.startswith(_FORMULAS):
+        name = f"_{name[1:]}"  # metadata.csv names the folder, and a spreadsheet would take that for a formula
     return f"{name}_" if name.split(".")[0].casefold() in _RESERVED else name

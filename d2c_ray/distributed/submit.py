@@ -169,7 +169,7 @@ def _name(file: Path, root: Path, files: dict[str, int]) -> str:
 def _kept(key: str, value: str, root: Path) -> None:
     """Refuses a place to write to that goes with Ray's copy of the folder, or with a pod."""
     path = value if key == "run.dir" else _path(value)
-    if not path or Path(path).is_absolute():
+    if Path(path).is_absolute() or (not path and key != "run.dir"):  # an empty run.dir is the folder that the job works in
         return
     where = (
         "an absolute path on a node's disk, such as /scratch"
@@ -345,16 +345,22 @@ def _untaken(client: JobSubmissionClient, name: str) -> None:
 async def _follow(client: JobSubmissionClient, name: str, say: Say) -> int:
     """Prints the job's log as it grows, over lost connections too, and gives its exit status."""
     shown, since = 0, time.monotonic()  # characters; of the last answer
+
+    def answered() -> None:
+        nonlocal since
+        since = time.monotonic()
+
     while True:
         try:
             log, skip = client.tail_job_logs(name), shown  # each begins at the log's beginning
-            while (text := await _next(client, name, log)) is not None:
+            while (text := await _next(client, name, log, answered)) is not None:
                 fresh, skip = text[skip:], max(0, skip - len(text))
                 sys.stdout.write(fresh)
                 sys.stdout.flush()
-                shown, since = shown + len(fresh), time.monotonic()
+                shown += len(fresh)
+                answered()
             details = await _ended(client, name)
-            since = time.monotonic()
+            answered()
             if details is not None:
                 return _exit_status(details, name, say)
         except (OSError, RuntimeError, aiohttp.ClientError, requests.exceptions.RequestException) as error:
@@ -364,15 +370,21 @@ async def _follow(client: JobSubmissionClient, name: str, say: Say) -> int:
         await asyncio.sleep(1.0)
 
 
-async def _next(client: JobSubmissionClient, name: str, log: AsyncIterator[str]) -> str | None:
-    """More of a job's log; None where it has ended. A head that is gone without a word ends no connection, so that silence is asked after."""
+async def _next(client: JobSubmissionClient, name: str, log: AsyncIterator[str], answered: Callable[[], None]) -> str | None:
+    """More of a job's log; None where it has ended. A head that is gone without a word ends no connection, so that silence is asked after.
+
+    Args:
+        answered: told of every answer.
+    """
     piece = asyncio.ensure_future(anext(log, None))
     try:
         while True:
             done, _ = await asyncio.wait({piece}, timeout=SILENT_SEC)
             if done:
                 return piece.result()
-            if client.get_job_info(name).status.is_terminal():
+            over = client.get_job_info(name).status.is_terminal()
+            answered()
+            if over:
                 return None
     finally:
         piece.cancel()

@@ -33,7 +33,7 @@ from d2c_ray.models import latents, published, weights
 from d2c_ray.models.frozen import check_weights
 from d2c_ray.models.transformer import Transformer, TransformerSpec
 from d2c_ray.progress import Progress
-from d2c_ray.repeating import repeating
+from d2c_ray.repeating import once, repeating
 from d2c_ray.report.preview import Preview
 from d2c_ray.rundir import SUCCESS, write_text
 from d2c_ray.tracking import Trackers
@@ -428,8 +428,10 @@ def _followed(metrics: Path, progress: Progress, trackers: Trackers, waiting: Ca
             yield
         whole = True
     finally:
-        show()
-        trackers.close(whole=whole)
+        try:
+            once(show, "d2c-metrics")  # its own failure neither hides the training's nor ends a good one
+        finally:
+            trackers.close(whole=whole)
 
 
 class Tail:

@@ -13,7 +13,7 @@ from d2c_ray.config import StorageConfig
 from d2c_ray.data import storage
 from d2c_ray.errors import UserError
 from d2c_ray.progress import clock
-from d2c_ray.rundir import PLAN, PROGRESS, STATUS, SUCCESS
+from d2c_ray.rundir import PLAN, PROGRESS, STATUS, SUCCESS, pid_namespace
 
 MOST_NAMED = 4  # arms whose names are said; of more their number
 OF_TRIALS = ("train", "sample", "unguided", "evaluate")  # stages of a sweep that its trials run
@@ -98,7 +98,8 @@ def _state(said: dict[str, Any], now: datetime) -> str:
     state = said.get("state", "silent")  # one of a version that gave no signs of life
     if state != "running":
         return state
-    if said["host"] == socket.gethostname() and not _alive(said["pid"]):
+    here = (socket.gethostname(), pid_namespace())  # containers may share a host's name and not its processes
+    if (said["host"], said.get("pid_namespace", here[1])) == here and not _alive(said["pid"]):
         return "gone"
     return "silent" if _silence(said, now) > SILENT_BEATS * said["every_sec"] else "running"
 
