@@ -362,7 +362,7 @@ def evaluate(
 
 def _writable(option: str, file: str) -> None:
     """Refuses a file that cannot be written, before anything is measured for it."""
-    import os
+    import tempfile
     from pathlib import Path
 
     path = Path(file).expanduser().absolute()
@@ -371,8 +371,13 @@ def _writable(option: str, file: str) -> None:
     there = next(parent for parent in path.parents if parent.exists())
     if not there.is_dir():
         raise UserError(f"{option} {file}: '{there}' is no folder; a file in one would do.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {file}: nothing can be written to '{there}'; a file in a folder of yours would do.")
+    try:  # what is allowed says too little, and to root nothing
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"{option} {file}: nothing can be written to '{there}' ({error.strerror}); a file in a folder of yours would do."
+        ) from None
 
 
 @_command("compare")
@@ -643,11 +648,10 @@ def bench(
     from d2c_ray.config import load
 
     own = load(config or None, overrides or [])
-    if out:
-        if not out.endswith(".json"):
-            raise UserError(f"--out {out}: a file that ends in .json would do.")
-        _writable("--out", out)
+    if out and not out.endswith(".json"):
+        raise UserError(f"--out {out}: a file that ends in .json would do.")
     file = Path(out).expanduser() if out else Path(own.run.dir).expanduser() / rates.FILE
+    _writable("--out" if out else "run.dir: its", str(file))
     found = benches.run(own, file, benches.THOROUGH if thorough else benches.QUICK, forecast.some_rows(own), say=_say)
     print("\n".join(benches.lines(found)))
     print(f"{file}{'' if out else ', from which d2c plan takes its paces'}")

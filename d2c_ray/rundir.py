@@ -172,8 +172,8 @@ class Lock:
     def __enter__(self) -> "Lock":
         from filelock import Timeout
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             owner: dict[str, Any] = {}
@@ -182,6 +182,10 @@ class Lock:
             who = f"process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else "another process"
             raise UserError(
                 f"the run folder '{self.folder}' is being written by {who}. Wait for it, end it, or give this run another run.name."
+            ) from None
+        except OSError as error:
+            raise no_room(error, self.folder) or UserError(
+                f"the run folder '{self.folder}' cannot be written ({error.strerror}); another run.dir would do."
             ) from None
         write_json(self._owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         return self

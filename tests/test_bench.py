@@ -47,6 +47,16 @@ def test_it_measures_all_that_a_run_is_made_of(benched: tuple[Config, Path, str]
     assert {path.name for path in file.parent.iterdir()} == {rates.FILE}, "nothing else is made"
 
 
+@pytest.mark.parametrize("option", ["--out={}/bench.json", "run.dir={}"])
+def test_where_nothing_can_be_written_nothing_is_measured(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a file").write_text("")
+    for place in (tmp_path / "a file" / "below", *([Path("/proc/nope")] if Path("/proc/self").exists() else [])):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["bench", str(DEBUG), option.format(place)])
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out) == (2, "") and any(words in err for words in ("nothing can be written to", "is no folder")), err
+
+
 def test_plan_counts_with_what_was_measured_and_says_so(benched: tuple[Config, Path, str]) -> None:
     config, file, _ = benched
     found = forecast.collect(config)

@@ -565,6 +565,7 @@ def test_stopped_while_ray_starts_it_says_so_and_leaves_nothing(tmp_path: Path) 
             "resources.teacher_workers=16 wants 16 CPUs",
         ),
         (("resources.address=127.0.0.1:1",), "no Ray cluster answers"),
+        (("resources.address=http://127.0.0.1:8265",), "HEAD:6379 would do"),
     ],
 )
 def test_work_that_the_cluster_cannot_hold_is_refused(

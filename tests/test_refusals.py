@@ -105,3 +105,12 @@ def test_a_run_folder_belongs_to_one_process(debug_config, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "debug").glob("manifest-*")
     assert json.loads((folder / "_SUCCESS.json").read_text())["rows_done"] == 120
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below", "/proc/nope"])
+def test_a_run_folder_that_cannot_be_made_is_refused_in_words(debug_config, tmp_path: Path, place: str) -> None:
+    if place.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("this system has no folder in which nobody makes one")
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written \(.*\); another run.dir would do"):
+        pipeline.run(debug_config(f"run.dir={tmp_path / place}"), "manifest", say=lambda text: None)

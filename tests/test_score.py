@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -757,3 +758,15 @@ def test_it_is_said_what_a_silent_pool_waits_for(alive: Callable[..., None]) -> 
     assert cluster.waiting_for(cluster.Share(3, 1.0, 16, 1, min_actors=1)) == "waiting for the first results of new actors"
     alive((2.0, 0.0))
     assert cluster.waiting_for(cluster.Share(2, 0.0, 16, 1)) == "waiting for capacity: 2 actors of 1 CPU leave no CPU to decode on"
+
+
+def test_a_local_ray_of_another_run_is_no_cluster(local_ray: None) -> None:
+    """`auto` finds it, and Ray would try for minutes to reach it from outside, where it does not listen."""
+    own = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}  # of those that this machine runs, this one
+    code = "from ray._private import services; print(services.canonicalize_bootstrap_address('auto'))"
+    found = subprocess.run([sys.executable, "-c", code], env={**os.environ, **own}, capture_output=True, text=True, check=True, timeout=120)
+    if found.stdout.strip() == own["RAY_ADDRESS"]:
+        pytest.skip("this machine has no address but the inner one")
+    code = "from d2c_ray.config import ResourcesConfig; from d2c_ray.distributed import cluster; cluster.connect(ResourcesConfig(address='auto'))"
+    refused = subprocess.run([sys.executable, "-c", code], env={**os.environ, **own}, capture_output=True, text=True, timeout=120)
+    assert re.search(r"UserError: resources.address=auto: no Ray cluster answers there \(.*refused, at ", refused.stderr), refused.stderr

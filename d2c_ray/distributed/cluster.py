@@ -6,12 +6,12 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
-from ray._private import auto_init_hook, ray_constants
+from ray._private import auto_init_hook, ray_constants, services
 
 from d2c_ray import logs
 from d2c_ray.config import ResourcesConfig
@@ -124,13 +124,26 @@ def _on_loopback() -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Refuses a host:port that nothing listens at; Ray itself would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if not colon or "/" in address or not port.isdigit():
+    """Refuses what is no address, and a host:port that nothing listens at; Ray itself would try for minutes.
+
+    `auto` finds a local Ray of another run too, which listens to this machine alone, under an address that nothing listens at.
+    """
+    if "://" in address:
+        raise UserError(
+            f"resources.address={address}: HEAD:6379 would do, where the cluster's head listens to nodes, or auto on one of them. "
+            "(d2c submit takes the dashboard's, http://HEAD:8265.)"
+        )
+    found = address
+    if address == "auto":
+        with suppress(ConnectionError):  # there is none, which Ray says
+            found = services.canonicalize_bootstrap_address(address) or ""
+    host, colon, port = found.rpartition(":")
+    if not colon or "/" in found or not port.isdigit():
         return
     reason = answers(host, int(port))
     if reason:
-        raise UserError(f"resources.address={address}: no Ray cluster answers there ({reason}). Leave it empty for a local one.")
+        at = f", at {found}" if found != address else ""
+        raise UserError(f"resources.address={address}: no Ray cluster answers there ({reason}{at}). Leave it empty for a local one.")
 
 
 def answers(host: str, port: int) -> str:
