@@ -69,6 +69,6 @@ def tell(name: str, value: float, about: About | None = None, **tags: str) -> No
         about: what it is of, where that is not this thread's stage.
         tags: those of the metric besides TAGS.
     """
-    if _sink is not None:
+    if (sink := _sink) is not None:  # which another thread may take away meanwhile
         about = about or logs.here()
-        _sink(name, value, {"run": about.run, "stage": about.stage, "folder": about.folder, **tags})
+        sink(name, value, {"run": about.run, "stage": about.stage, "folder": about.folder, **tags})
