@@ -71,9 +71,9 @@ def test_a_sweep_that_is_stopped_and_one_whose_driver_is_killed_end_as_one_that_
     assert found["state"] == "stopped" and found["sweep"]["counts"]["cut_off"] == 1, found
 
     (trial,) = running(folder).values()
-    before = trial.stat().st_ino
+    before = trial.stat().st_mtime_ns
     process = start("sweep", str(config), f"run.dir={folder.parent}")
-    wait_for(lambda: trial.stat().st_ino != before, process)  # it has taken it up
+    wait_for(lambda: trial.stat().st_mtime_ns != before, process)  # it has taken it up
     kill(process)
     kept = {path: path.stat().st_mtime_ns for path in [*folder.glob("*/_SUCCESS.json"), *done(folder).values()]}
     assert 1 <= len(done(folder)) < 3
