@@ -366,7 +366,7 @@ with logs.results():
 def test_work_is_repeated_until_the_block_ends() -> None:
     calls: list[float] = []
     with repeating(lambda: calls.append(time.monotonic()), 0.02, "d2c-test"):
-        until(lambda: len(calls) >= 3, 5)
+        until(lambda: len(calls) >= 3)
         assert any(thread.name == "d2c-test" for thread in threading.enumerate())
     count = len(calls)
     time.sleep(0.1)
@@ -481,56 +481,90 @@ def test_training_workers_say_where_they_stand_until_the_training_is_over(tmp_pa
         beat = look.Beat(tmp_path, rank, workers)
         beat.images = 64
         with beat.beating():
-            until(lambda: any(said.rank == rank for said in look._workers(tmp_path / look.WORKERS)[0]), 5)
+            until(lambda: any(said.rank == rank for said in look._workers(tmp_path / look.WORKERS)[0]))
 
     work(2, 3)
     work(0, 2)  # another attempt, with fewer
     (worker,), whole = look._workers(tmp_path / look.WORKERS)
-    assert (worker.rank, worker.images, whole) == (0, 64, 2) and worker.seconds_ago < 5
+    assert (worker.rank, worker.images, whole) == (0, 64, 2) and worker.seconds_ago < 60
     assert explain(Facts(workers=[worker], num_workers=whole))[0] == "training workers that have not reported: rank 1 of 2"
     look.forget_workers(tmp_path)
     assert look._workers(tmp_path / look.WORKERS) == ([], 0)
 
 
-def test_a_long_wait_is_logged_once_and_looked_at_by_one_thread(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+class Clock:
+    """Stands for `time` where the watchdog reads it: seconds pass when a test says so, and the watchdog looks all the time."""
+
+    def __init__(self) -> None:
+        self._now, self._looks = 1000.0, 0
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._looks += 1
+        time.sleep(0.005)
+
+    def passes(self, seconds: float) -> None:
+        """Lets time pass, and returns when the watchdog has looked since."""
+        self._now += seconds
+        looks = self._looks
+        until(lambda: self._looks >= looks + 2)  # the first may end a look that began before
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(watch, "time", clock)
+    return clock
+
+
+def test_a_long_wait_is_logged_once_and_looked_at_by_one_thread(
+    clock: Clock, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watch, "LOOK_SEC", 0.01)
     asked, silent = [], threading.Event()
     seconds = iter(range(60, 1000))
 
     def hangs() -> Facts:
         asked.append(1)
-        silent.wait(30)
+        silent.wait(600)
         return Facts()
 
     told: list[list[str]] = []
-    with watch.stage(logs.About("small", "score", "scores-00000000"), 0.1, told.append, hangs):
-        until(lambda: len(told) >= 4, 10)
-    assert len(asked) == 1
+    with watch.stage(logs.About("small", "score", "scores-00000000"), 10.0, told.append, hangs):
+        for _ in range(4):
+            clock.passes(10.5)
+    assert len(asked) == 1 and len(told) >= 4
     silent.set()
     capsys.readouterr()
-    monkeypatch.setattr(watch, "LOOK_SEC", 5.0)
+    monkeypatch.setattr(watch, "LOOK_SEC", 60.0)
     told.clear()
-    with watch.stage(logs.About("small", "score", "scores-1"), 0.25, told.append, lambda: Facts(silent=f"silent for {next(seconds)} s")):
-        until(lambda: len(told) >= 4, 10)
-    said = capsys.readouterr().err
-    assert told[0] != told[1] and said.count("no progress for") == 1
+    with watch.stage(logs.About("small", "score", "scores-1"), 10.0, told.append, lambda: Facts(silent=f"silent for {next(seconds)} s")):
+        for _ in range(4):
+            clock.passes(10.5)
+        assert len(told) == 4 and told[0] != told[1]
+        assert capsys.readouterr().err.count("no progress for") == 1
+        clock.passes(100.0)
+        assert capsys.readouterr().err.count("no progress for") == 1, "after ten times as long it is said again"
 
 
-def test_nothing_is_said_while_there_is_progress_and_a_head_that_is_gone_is(capsys: pytest.CaptureFixture) -> None:
+def test_nothing_is_said_while_there_is_progress_and_a_head_that_is_gone_is(clock: Clock, capsys: pytest.CaptureFixture) -> None:
     def gone() -> Facts:
         raise ConnectionError("no answer")
 
     told: list[list[str]] = []
     about = logs.About("small", "score", "scores-00000000")
-    with watch.stage(about, 0.4, told.append, gone):
+    with watch.stage(about, 10.0, told.append, gone):
         for done in range(8):
             watch.heard(about.folder, done, "score")
-            time.sleep(0.1)
+            clock.passes(9.0)
         assert not told and not watch.waits_for(about.folder)
-        until(lambda: told, 5)
-        assert watch.waits_for(about.folder)[0] == "Ray could not be asked (ConnectionError: no answer)"
+        clock.passes(1.5)
+        assert told and watch.waits_for(about.folder)[0] == "Ray could not be asked (ConnectionError: no answer)"
         watch.heard(about.folder, 9, "score")
-        until(lambda: told[-1] == [], 5)
+        clock.passes(0.0)
+        assert told[-1] == []
     said = capsys.readouterr().err
     assert said.count("no progress for") == 1 and said.count("score: goes on") == 1
     with watch.stage(about, 0.0, told.append, gone):
