@@ -50,6 +50,7 @@ def finish(process: subprocess.Popen) -> str:
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL of the driver, then of what it left behind, by pid."""
+    os.kill(process.pid, signal.SIGSTOP)  # it gets no further while its children are looked for
     family = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -59,7 +60,7 @@ def kill(process: subprocess.Popen) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 500) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"the run ended first:\n{process.stdout.read()[-3000:]}"
