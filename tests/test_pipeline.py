@@ -42,6 +42,12 @@ def start(*args: str) -> subprocess.Popen:
     )
 
 
+def start_and_stand_still(at: str, marker: Path, *args: str) -> subprocess.Popen:
+    """The same, and the driver stands still before a file gets a name that fits `at`, with `marker` made: there it is to be killed."""
+    words = [str(ROOT / "tests" / "drills" / "watched.py"), os.devnull, "--pause", at, str(marker), "--", *args]
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def finish(process: subprocess.Popen) -> str:
     out, _ = process.communicate(timeout=500)
     assert process.returncode == 0, out[-4000:]
