@@ -219,7 +219,7 @@ def test_an_actor_killed_while_it_attaches_costs_nothing(
 
     monkeypatch.setattr(attach, "Attacher", Slow)
     config, folder = again()
-    chaos = Chaos(lambda: len(folder.parts()) >= 2, lambda: os.kill(int(next((tmp_path / "actors").iterdir()).name), signal.SIGKILL), 120)
+    chaos = Chaos(lambda: len(folder.parts()) >= 2, lambda: os.kill(int(next((tmp_path / "actors").iterdir()).name), signal.SIGKILL))
     chaos.start()
     attached(config)
     chaos.check()

@@ -42,6 +42,12 @@ def start(*args: str) -> subprocess.Popen:
     )
 
 
+def start_and_stand_still(at: str, marker: Path, *args: str) -> subprocess.Popen:
+    """The same, and the driver stands still before a file gets a name that fits `at`, with `marker` made: there it is to be killed."""
+    words = [str(ROOT / "tests" / "drills" / "watched.py"), os.devnull, "--pause", at, str(marker), "--", *args]
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def finish(process: subprocess.Popen) -> str:
     out, _ = process.communicate(timeout=500)
     assert process.returncode == 0, out[-4000:]
@@ -50,6 +56,7 @@ def finish(process: subprocess.Popen) -> str:
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL of the driver, then of what it left behind, by pid."""
+    os.kill(process.pid, signal.SIGSTOP)  # it gets no further while its children are looked for
     family = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -59,7 +66,7 @@ def kill(process: subprocess.Popen) -> None:
     psutil.wait_procs(family, timeout=30)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 500) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"the run ended first:\n{process.stdout.read()[-3000:]}"

@@ -29,7 +29,7 @@ from drilling import Drill
 from faulty_s3 import FaultyProxy, S3Server, once_each
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
-from test_pipeline import kill, start, wait_for
+from test_pipeline import kill, start_and_stand_still, wait_for
 from test_tar import pack
 
 from d2c_ray import pipeline
@@ -134,7 +134,7 @@ def ledger_files(run: Path, pattern: str = "unfinished/*.parquet") -> list[Path]
 class Chaos(threading.Thread):
     """Does something once, as soon as `when()`; `check` says what came of it."""
 
-    def __init__(self, when: Callable[[], bool], what: Callable[[], None], seconds: float = 60):
+    def __init__(self, when: Callable[[], bool], what: Callable[[], None], seconds: float = 300):
         super().__init__(daemon=True)
         self.when, self.what, self.until = when, what, time.monotonic() + seconds
         self.error: BaseException | None = TimeoutError("it never came to that")
@@ -235,7 +235,8 @@ def test_an_actor_killed_while_it_scores_costs_nothing(
     chaos.start()
     folder = score(configured("resources.actors=1"))
     chaos.check()
-    assert not psutil.pid_exists(killed[0]) or psutil.Process(killed[0]).status() == psutil.STATUS_ZOMBIE
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(killed[0]).status() == psutil.STATUS_ZOMBIE
     assert len(actors(tmp_path / "actors")) == 2, "the actor and one in place of it"
     monkeypatch.undo()
     measure(drill, folder, expected(configured()), redone(tmp_path / "actors", 240))
@@ -274,7 +275,7 @@ def test_an_actor_that_can_never_load_ends_the_run(
     began = time.monotonic()
     with pytest.raises(Exception) as raised:  # noqa: PT011 - the error is Ray's, with ours inside
         score(configured("resources.actors=1"))
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 300
     error = pipeline.unwrap(raised.value)
     assert isinstance(error, UserError)
     if dies:
@@ -348,7 +349,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory, cifar10: Path, server: S3S
 
 @pytest.fixture
 def proxy(server: S3Server) -> Iterator[FaultyProxy]:
-    with FaultyProxy(server.endpoint) as running:
+    with FaultyProxy(server.endpoint, stall_sec=60.0) as running:
         yield running
 
 
@@ -381,7 +382,7 @@ def test_storage_that_fails_at_every_turn_gives_the_table_of_local_files(
 ) -> None:
     local = of_colours(configured, colours, kind)
     wanted = expected(local)
-    config = remote(local, kind, proxy, tmp_path / "remote", "timeout_sec=0.5")
+    config = remote(local, kind, proxy, tmp_path / "remote", "timeout_sec=2")  # of what stalls alone: an answer takes milliseconds
     pipeline.run(config, "manifest", say=lambda text: None)
     planning = planning_gets(config, proxy)
     spoil = once_each(FAULTS)
@@ -405,16 +406,19 @@ def test_storage_that_gives_up_ends_the_run_and_the_next_one_reads_what_is_missi
 ) -> None:
     local = of_colours(configured, colours, "tars")
     wanted = expected(local)
-    config = remote(local, "tars", proxy, tmp_path / "remote", "attempts=1")
+    config = remote(local, "tars", proxy, tmp_path / "remote", "attempts=1", "timeout_sec=600")
     pipeline.run(config, "manifest", say=lambda text: None)
     planning = planning_gets(config, proxy)
     run = tmp_path / "remote" / "debug"
 
+    def finished_rows() -> list[Path]:
+        return [*ledger_files(run), *ledger_files(run, "part-*.parquet")]
+
     def breaks(number: int, path: str, tries: int) -> str:
         if number < len(planning) + 6:
             return "ok"
-        until = time.monotonic() + 20
-        while not ledger_files(run) and time.monotonic() < until:
+        until = time.monotonic() + 300  # in which actors load
+        while not finished_rows() and time.monotonic() < until:
             time.sleep(0.05)
         return "503"
 
@@ -423,10 +427,9 @@ def test_storage_that_gives_up_ends_the_run_and_the_next_one_reads_what_is_missi
         score(config)
     error = pipeline.unwrap(raised.value)
     assert isinstance(error, StorageError) and "could not be read in 1 tries; the last one: SlowDown (HTTP 503)" in str(error)
-    kept = ledger_files(run)
-    assert kept and not ledger_files(run, "rejected.parquet")
-    assert all(tables.metadata(path)["rejected"] == [] for path in kept)
-    there = {row for path in [*kept, *ledger_files(run, "part-*.parquet")] for row in tables.read(path).column("sample_id").to_pylist()}
+    assert not ledger_files(run, "rejected.parquet")
+    assert all(tables.metadata(path)["rejected"] == [] for path in ledger_files(run))
+    there = {row for path in finished_rows() for row in tables.read(path).column("sample_id").to_pylist()}
     assert 0 < len(there) < 240
 
     proxy.reset()
@@ -531,7 +534,7 @@ def in_thread(work: Callable[[], object]) -> Callable[[float], object]:
     return result
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
+def until(condition: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came to that"
@@ -586,7 +589,7 @@ def test_a_gpu_node_that_goes_and_is_replaced_costs_nothing(
     running.remove_node(worker, allow_graceful=False)
     assert len(ledger_files(tmp_path / "debug", "part-*.parquet")) < 4, "it was over before the node was taken"
     running.add_node(num_cpus=1, num_gpus=1)
-    folder = result(120)
+    folder = result(400)
     assert isinstance(folder, StageDir)
     assert len({node for _, node in actors(tmp_path / "actors")}) == 2
     monkeypatch.setattr(scoring, "Scorer", Scorer)
@@ -618,11 +621,17 @@ def test_a_pool_without_room_says_so_goes_on_with_a_node_that_comes_and_exports_
     until(lambda: any("waiting for capacity" in text for text in said))
     assert "waiting for capacity: 1 actors of 1 CPU leave no CPU to decode on" in said
     running.add_node(num_cpus=1)
-    until(lambda: max(ray_metrics("d2c_images"), default=0) >= 32)
-    (images,), (busy,) = ray_metrics("d2c_images"), ray_metrics("d2c_actor_busy_share")
+    told: list[list[float]] = []
+
+    def some_images() -> bool:
+        told[:] = ray_metrics("d2c_images"), ray_metrics("d2c_actor_busy_share")  # both at once: they go with their actor
+        return all(told) and max(told[0]) >= 32
+
+    until(some_images)
+    (images,), (busy,) = told
     assert 32 <= images <= 240 and images % 16 == 0
     assert 0 < busy < 0.9, "it rests half a second before every unit"
-    folder = result(120)
+    folder = result(400)
     assert isinstance(folder, StageDir)
     measure(drill, folder, expected(configured()), redone(tmp_path / "actors", 240))
 
@@ -633,10 +642,10 @@ def test_a_driver_killed_while_it_scores_loses_what_had_not_come_back(configured
         "score", str(DEBUG), f"run.dir={tmp_path}", f"teacher.checkpoint={teacher}", "data.limit_per_class=24", "data.rows_per_shard=64",
         "score.device_batch=16", "resources.rows_per_task=1", "resources.actors=1",
     )  # fmt: skip
-    process = start(*args)
-    wait_for(lambda: ledger_files(tmp_path / "debug", "part-*.parquet") and len(ledger_files(tmp_path / "debug")) >= 3, process)
+    process = start_and_stand_still("unfinished/000002-000??5-*.parquet", tmp_path / "stands-still", *args)
+    wait_for((tmp_path / "stands-still").exists, process)
     kill(process)
-    assert not ledger_files(tmp_path / "debug", "_SUCCESS.json"), "it was over before it was killed"
+    assert not ledger_files(tmp_path / "debug", "_SUCCESS.json")
     parts = ledger_files(tmp_path / "debug", "part-*.parquet")
     kept = {path: path.stat().st_mtime_ns for path in parts}
     # A set: killed between a part and the removal of its runs, the disk holds rows twice, and the next run drops the runs.
@@ -647,7 +656,7 @@ def test_a_driver_killed_while_it_scores_loses_what_had_not_come_back(configured
         patch.setattr(filling, "stream", watched(asked))
         folder = score(config)
     assert asked == [240 - len(there)], "the last run is asked for what is missing"
-    assert kept and {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(kept) == 2 and {path: path.stat().st_mtime_ns for path in kept} == kept
     check(folder, expected(config))
 
 

@@ -36,7 +36,7 @@ def server() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="module")
 def proxy_of_module(server: S3Server) -> Iterator[FaultyProxy]:
-    with FaultyProxy(server.endpoint) as running:
+    with FaultyProxy(server.endpoint, stall_sec=120.0) as running:
         yield running
 
 
@@ -48,7 +48,7 @@ def proxy(proxy_of_module: FaultyProxy) -> FaultyProxy:
 
 @pytest.fixture
 def s3(proxy: FaultyProxy) -> StorageConfig:
-    return StorageConfig(endpoint=proxy.endpoint, timeout_sec=1.0)
+    return StorageConfig(endpoint=proxy.endpoint, timeout_sec=2.0)  # of what stalls alone: an answer takes milliseconds
 
 
 # Byte order of the whole path, worked out by hand: '-' < '.' < '/' < '0' < 'B' < 'a', and UTF-8 keeps code point order where
@@ -79,8 +79,8 @@ def test_walk_gives_the_same_order_locally_and_on_s3(server: S3Server, s3: Stora
 def test_walk_reads_every_page_and_a_failed_page_again(server: S3Server) -> None:
     for number in range(2_005):
         server.put("paged", f"p/{number:05d}", b"x")
-    with FaultyProxy(server.endpoint, ["503", "cut", "ok", "reset", "stall", "ok", "ok"], only=is_listing) as proxy:
-        config = StorageConfig(endpoint=proxy.endpoint, timeout_sec=2.0)  # a full page takes the service a while
+    with FaultyProxy(server.endpoint, ["503", "cut", "ok", "reset", "stall", "ok", "ok"], only=is_listing, stall_sec=120.0) as proxy:
+        config = StorageConfig(endpoint=proxy.endpoint, timeout_sec=6.0)  # a full page takes the service a while
         names = [entry.name for entry in storage.walk("s3://paged/p", config)]
     assert names == [f"{number:05d}" for number in range(2_005)]
     assert proxy.counts == {"503": 1, "cut": 1, "reset": 1, "stall": 1, "ok": 3}
@@ -222,7 +222,7 @@ def test_tries_are_used_up_in_time(fault: str, proxy: FaultyProxy) -> None:
     start = time.monotonic()
     with pytest.raises(storage.StorageError, match=r"'s3://pictures/big\.bin' could not be read in 3 tries.*storage\.attempts") as raised:
         storage.read_all("s3://pictures/big.bin", config)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60, "one silence is longer"
     assert proxy.counts == {fault: 3}
     assert isinstance(raised.value, UserError) and str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
     with pytest.raises(storage.StorageError):

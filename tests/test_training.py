@@ -316,14 +316,14 @@ def test_time_is_taken_when_the_device_has_done_its_work(tmp_path: Path, monkeyp
     def preview(images: int, model: torch.nn.Module) -> None:
         nonlocal queued
         assert queued == 0, "what training had under way is training's time"
-        queued = 40  # and what the preview leaves is not
+        queued = 150  # and what the preview leaves, 4.5 s, is not
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step_behind)
     monkeypatch.setattr(loop, "_wait", wait)
     config = replace(CONFIG, log_every=32 * 4, preview_every=32 * 7, checkpoint_every=10**9)
     logs = Run(tmp_path, config, knobs={"preview": preview}).logs
     seconds = [32 * 4 / log["images_per_sec"] for log in logs]
-    assert len(seconds) == 3 and all(4 * behind <= each < 4 * behind + 1 for each in seconds), seconds
+    assert len(seconds) == 3 and all(4 * behind <= each < 4 * behind + 4 for each in seconds), seconds
     assert waits == 3 + 2
 
 

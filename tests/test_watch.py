@@ -62,7 +62,7 @@ def read(numbers: dict[tuple[str, frozenset[tuple[str, str]]], float]) -> None:
     """Reads this tool's metrics as every node exports them to Prometheus."""
     for node in ray.nodes():
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        with urllib.request.urlopen(url, timeout=5) as page:
+        with urllib.request.urlopen(url, timeout=30) as page:
             for line in page.read().decode().splitlines():
                 if line.startswith("ray_d2c_"):
                     tags = frozenset((key, value) for key, value in re.findall(r'(\w+)="([^"]*)"', line) if key in (*metrics.TAGS, "state"))
@@ -80,19 +80,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         while not over.wait(0.3):
             with suppress(Exception):  # before Ray is there
                 read(numbers)
+                for (name, tags), value in list(numbers.items()):
+                    if name == "ray_d2c_images_total":
+                        (folder / f"read-{dict(tags)['stage']}-{value:.0f}").touch()
 
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, plain_again():
         patch.setenv("RAY_metrics_report_interval_ms", "200")
         patch.setattr(pipeline, "disconnect", lambda: None)
-        patch.setattr(scoring, "Scorer", rests(Scorer, "__call__"))
+        patch.setattr(scoring, "Scorer", rests(Scorer, "__call__", folder))
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
         try:
             with redirect_stderr(said), pytest.raises(SystemExit) as end:
                 cli.main(["score", str(DEBUG), f"run.dir={folder}", "run.name=small", "log.format=json", *SMALL])
             assert not end.value.code, said.getvalue()
-            sample_and_measure(folder / "small")
+            sample_and_measure(folder / "small", folder)
         finally:
             over.set()
             follower.join()
@@ -118,19 +121,31 @@ def plain_again() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def rests(actor: type, work: str) -> type:
-    """The actor class, which rests after a unit until its numbers are exported: a node does that once a second at the most."""
+def rests(actor: type, work: str, folder: Path) -> type:
+    """The actor class, which rests after a unit until it is read, by a file in `folder`, how many images it has counted: they go with it."""
 
     def worked(self: Any, unit: Any) -> Any:
+        counted = metrics.tell
+
+        def count(name: str, value: float, *args: Any, **tags: str) -> None:
+            if name == "d2c_images":
+                self.images = getattr(self, "images", 0) + value
+            counted(name, value, *args, **tags)
+
+        metrics.tell = count
         try:
             return getattr(actor, work)(self, unit)
         finally:
-            time.sleep(2.0)
+            metrics.tell = counted
+            until = time.monotonic() + 60
+            while not (folder / f"read-{logs.here().stage}-{self.images:.0f}").exists() and time.monotonic() < until:
+                time.sleep(0.1)
+            time.sleep(1.0)  # other numbers come with them, or with the next ones
 
     return type(actor.__name__, (actor,), {work: worked})
 
 
-def sample_and_measure(folder: Path) -> None:
+def sample_and_measure(folder: Path, seen: Path) -> None:
     """What the stages sample and evaluate have actors do."""
     config = load(DEBUG, SMALL)
     share, out = cluster.share(config.resources, 1), folder / "samples"
@@ -140,12 +155,12 @@ def sample_and_measure(folder: Path) -> None:
         "threads": 1,
     }  # fmt: skip
     with logs.working_for("sample", "samples-01234567", "small"):
-        assert len(list(pool.run_pool(rests(Sampler, "run"), arguments, [{"unit": 0, "start": 0, "stop": 8}], share))) == 1
+        assert len(list(pool.run_pool(rests(Sampler, "run", seen), arguments, [{"unit": 0, "start": 0, "stop": 8}], share))) == 1
     progress: Any = SimpleNamespace(advance=lambda count: None)
     with logs.working_for("evaluate", "eval-01234567", "small"):
         work = embed.of_samples(sorted(out.glob("part-*.parquet")), folder / "measured")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(embed, "Embedder", rests(Embedder, "run"))
+            patch.setattr(embed, "Embedder", rests(Embedder, "run", seen))
             embed.embed_images(config, work, share, Rejects("evaluate", 8, 0.0), progress)
 
 
@@ -203,19 +218,20 @@ def test_a_sweep_counts_its_trials(run: Run, tmp_path: Path) -> None:
 
     def counted() -> dict[str, float]:
         found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
-        read(found)
+        with suppress(OSError):  # a node that has no time to answer
+            read(found)
         return {dict(own)["state"]: value for (name, own), value in found.items() if name == "ray_d2c_sweep_trials"}
 
     until(lambda: counted() == {"waiting": 3.0, "running": 2.0, "done": 1.0, "stopped": 0.0, "failed": 1.0})
     read(run.numbers)
     time.sleep(3.0)  # Ray itself drops a gauge after two seconds here
-    until(lambda: counted().get("running") == 2.0, 10)
+    until(lambda: counted().get("running") == 2.0)
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
+def until(condition: Callable[[], object], told: object = "", seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came to that"
+        assert time.monotonic() < end, f"it never came to that {told}"
         time.sleep(0.1)
 
 
@@ -249,24 +265,36 @@ def test_a_pool_that_finds_no_room_is_named_until_it_goes_on(run: Run, tmp_path:
             return next(value for name, value in found.items() if name.startswith("scores-"))
         return {}
 
-    until(lambda: errors or any("MapBatches(Scorer)" in line for line in status().get("waits_for", {}).get("lines", [])))
+    expected = (
+        r"operator MapBatches\(Scorer\): 1 of 1 actor not there yet, 1 CPU each", r"\d+ x 1 CPU asked for: taken on \S+ \(0 of 3 CPU free\)",
+        "actors alive: 1 Holder", r"the driver stands in d2c_ray/distributed/ingest\.py:\d+ stream .*",
+    )  # fmt: skip
+    last: list[str] = []
+
+    def all_is_said() -> bool:
+        """What Ray's head knows of comes a moment after the rest."""
+        last[:] = status().get("waits_for", {}).get("lines", [])
+        return all(any(re.fullmatch(words, line) for line in last) for words in expected)
+
+    until(lambda: errors or all_is_said(), last)
     assert not errors, errors
-    waits = status()["waits_for"]["lines"]
-    assert "operator MapBatches(Scorer): 1 of 1 actor not there yet, 1 CPU each" in waits
-    assert any(re.fullmatch(r"\d+ x 1 CPU asked for: taken on \S+ \(0 of 3 CPU free\)", line) for line in waits), waits
-    assert "actors alive: 1 Holder" in waits
-    assert re.fullmatch(r"the driver stands in d2c_ray/distributed/ingest\.py:\d+ stream .*", waits[-1])
+
+    def stalled(value: float) -> bool:
+        with suppress(OSError):  # a node that has no time to answer
+            read(run.numbers)
+        return values(run, "d2c_stage_stalled", folder=folder.name) == [value]
+
     folder = next((tmp_path / "debug").glob("scores-*"))
     until(lambda: json.loads((folder / "_progress.json").read_text()).get("waits_for"))
-    until(lambda: (read(run.numbers), values(run, "d2c_stage_stalled", folder=folder.name) == [1.0])[1])
+    until(lambda: stalled(1.0))
     ray.kill(holder)
-    thread.join(120)
+    thread.join(300)
     assert not thread.is_alive() and not errors, errors
     assert status()["state"] == "done" and "waits_for" not in status()
     said = capsys.readouterr().err
     assert re.search(r"^d2c: score: no progress for \d+ s: operator MapBatches", said, re.MULTILINE)
     assert "d2c: score: goes on\n" in said
-    until(lambda: (read(run.numbers), values(run, "d2c_stage_stalled", folder=folder.name) == [0.0])[1])
+    until(lambda: stalled(0.0))
 
 
 def test_every_metric_was_there(run: Run) -> None:
@@ -366,7 +394,7 @@ with logs.results():
 def test_work_is_repeated_until_the_block_ends() -> None:
     calls: list[float] = []
     with repeating(lambda: calls.append(time.monotonic()), 0.02, "d2c-test"):
-        until(lambda: len(calls) >= 3, 5)
+        until(lambda: len(calls) >= 3)
         assert any(thread.name == "d2c-test" for thread in threading.enumerate())
     count = len(calls)
     time.sleep(0.1)
@@ -496,56 +524,90 @@ def test_training_workers_say_where_they_stand_until_the_training_is_over(tmp_pa
         beat = look.Beat(tmp_path, rank, workers)
         beat.images = 64
         with beat.beating():
-            until(lambda: any(said.rank == rank for said in look._workers(tmp_path / look.WORKERS)[0]), 5)
+            until(lambda: any(said.rank == rank for said in look._workers(tmp_path / look.WORKERS)[0]))
 
     work(2, 3)
     work(0, 2)  # another attempt, with fewer
     (worker,), whole = look._workers(tmp_path / look.WORKERS)
-    assert (worker.rank, worker.images, whole) == (0, 64, 2) and worker.seconds_ago < 5
+    assert (worker.rank, worker.images, whole) == (0, 64, 2) and worker.seconds_ago < 60
     assert explain(Facts(workers=[worker], num_workers=whole))[0] == "training workers that have not reported: rank 1 of 2"
     look.forget_workers(tmp_path)
     assert look._workers(tmp_path / look.WORKERS) == ([], 0)
 
 
-def test_a_long_wait_is_logged_once_and_looked_at_by_one_thread(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+class Clock:
+    """Stands for `time` where the watchdog reads it: seconds pass when a test says so, and the watchdog looks all the time."""
+
+    def __init__(self) -> None:
+        self._now, self._looks = 1000.0, 0
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._looks += 1
+        time.sleep(0.005)
+
+    def passes(self, seconds: float) -> None:
+        """Lets time pass, and returns when the watchdog has looked since."""
+        self._now += seconds
+        looks = self._looks
+        until(lambda: self._looks >= looks + 2)  # the first may end a look that began before
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(watch, "time", clock)
+    return clock
+
+
+def test_a_long_wait_is_logged_once_and_looked_at_by_one_thread(
+    clock: Clock, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watch, "LOOK_SEC", 0.01)
     asked, silent = [], threading.Event()
     seconds = iter(range(60, 1000))
 
     def hangs() -> Facts:
         asked.append(1)
-        silent.wait(30)
+        silent.wait(600)
         return Facts()
 
     told: list[list[str]] = []
-    with watch.stage(logs.About("small", "score", "scores-00000000"), 0.1, told.append, hangs):
-        until(lambda: len(told) >= 4, 10)
-    assert len(asked) == 1
+    with watch.stage(logs.About("small", "score", "scores-00000000"), 10.0, told.append, hangs):
+        for _ in range(4):
+            clock.passes(10.5)
+    assert len(asked) == 1 and len(told) >= 4
     silent.set()
     capsys.readouterr()
-    monkeypatch.setattr(watch, "LOOK_SEC", 5.0)
+    monkeypatch.setattr(watch, "LOOK_SEC", 60.0)
     told.clear()
-    with watch.stage(logs.About("small", "score", "scores-1"), 0.25, told.append, lambda: Facts(silent=f"silent for {next(seconds)} s")):
-        until(lambda: len(told) >= 4, 10)
-    said = capsys.readouterr().err
-    assert told[0] != told[1] and said.count("no progress for") == 1
+    with watch.stage(logs.About("small", "score", "scores-1"), 10.0, told.append, lambda: Facts(silent=f"silent for {next(seconds)} s")):
+        for _ in range(4):
+            clock.passes(10.5)
+        assert len(told) == 4 and told[0] != told[1]
+        assert capsys.readouterr().err.count("no progress for") == 1
+        clock.passes(100.0)
+        assert capsys.readouterr().err.count("no progress for") == 1, "after ten times as long it is said again"
 
 
-def test_nothing_is_said_while_there_is_progress_and_a_head_that_is_gone_is(capsys: pytest.CaptureFixture) -> None:
+def test_nothing_is_said_while_there_is_progress_and_a_head_that_is_gone_is(clock: Clock, capsys: pytest.CaptureFixture) -> None:
     def gone() -> Facts:
         raise ConnectionError("no answer")
 
     told: list[list[str]] = []
     about = logs.About("small", "score", "scores-00000000")
-    with watch.stage(about, 0.4, told.append, gone):
+    with watch.stage(about, 10.0, told.append, gone):
         for done in range(8):
             watch.heard(about.folder, done, "score")
-            time.sleep(0.1)
+            clock.passes(9.0)
         assert not told and not watch.waits_for(about.folder)
-        until(lambda: told, 5)
-        assert watch.waits_for(about.folder)[0] == "Ray could not be asked (ConnectionError: no answer)"
+        clock.passes(1.5)
+        assert told and watch.waits_for(about.folder)[0] == "Ray could not be asked (ConnectionError: no answer)"
         watch.heard(about.folder, 9, "score")
-        until(lambda: told[-1] == [], 5)
+        clock.passes(0.0)
+        assert told[-1] == []
     said = capsys.readouterr().err
     assert said.count("no progress for") == 1 and said.count("score: goes on") == 1
     with watch.stage(about, 0.0, told.append, gone):

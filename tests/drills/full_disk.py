@@ -8,6 +8,7 @@ and what it leaves is copied to OUT/disk.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,7 +54,9 @@ def main() -> None:
         while not list(disk.glob(pattern)) and process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         if process.poll() is None:
+            process.send_signal(signal.SIGSTOP)  # it writes nothing while there is less and less room
             fill(ballast)
+            process.send_signal(signal.SIGCONT)
         before = files(disk)
         try:
             code = process.wait(240)

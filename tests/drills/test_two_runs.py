@@ -20,7 +20,7 @@ def test_the_second_of_two_runs_on_one_folder_refuses(no_ray: None, tmp_path: Pa
     teacher = teacher_folder(tmp_path / "teacher", {"kind": "pixels", "channels": 1, "side": 8})
     words = [f"run.dir={tmp_path}", f"teacher.checkpoint={teacher}", "data.rows_per_shard=64", "resources.actors=1"]
     both = [start("score", str(DEBUG), *words) for _ in range(2)]
-    said = [process.communicate(timeout=240)[0] for process in both]
+    said = [process.communicate(timeout=500)[0] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], said
     refused = said[[process.returncode for process in both].index(2)]
     assert refused.strip().splitlines()[-1].startswith("d2c: the run folder '") and "is being written by process" in refused
