@@ -148,11 +148,33 @@ Overrides = Annotated[
 ]
 
 
+def _not_empty(would: str) -> Callable[[typer.Context, typer.CallbackParam, str], str]:
+    """Refuses an option that is given without a word, which would be taken for one that is not given."""
+
+    def check(context: typer.Context, option: typer.CallbackParam, value: str) -> str:
+        given = context.get_parameter_source(option.name or "")
+        if given is not None and given.name == "COMMANDLINE" and not value.strip():
+            raise UserError(f"{option.opts[0]} is empty, as of a variable that is not set; {would}.")
+        return value
+
+    return check
+
+
 Gpus = Annotated[
-    str, typer.Option("--gpus", "--gpu", metavar="NxNAME", help="A cluster in words: 8xH100, A100, '2xRTX 4090'; else this machine.")
-]
+    str,
+    typer.Option(
+        "--gpus", "--gpu", metavar="NxNAME", help="A cluster in words: 8xH100, A100, '2xRTX 4090'; else this machine.",
+        callback=_not_empty("8xH100 would do, or the command without it, which is of this machine"),
+    ),
+]  # fmt: skip
 Cpus = Annotated[int, typer.Option(min=0, metavar="N", help="CPU cores of that cluster; 0: 8 a GPU.")]
-Address = Annotated[str, typer.Option(metavar="ADDRESS", help="A Ray cluster at hand, which is asked for its nodes: auto, HOST:PORT.")]
+Address = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS", help="A Ray cluster at hand, which is asked for its nodes: auto, HOST:PORT.",
+        callback=_not_empty("auto or HOST:PORT would do, or the command without it, which is of this machine"),
+    ),
+]  # fmt: skip
 
 
 def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -442,7 +464,9 @@ def submit(
     address: Annotated[
         str,
         typer.Option(
-            metavar="URL", help="The cluster: http://HEAD:8265, or HEAD:PORT of its GCS; else RAY_ADDRESS, else this machine's own."
+            metavar="URL",
+            help="The cluster: http://HEAD:8265, or HEAD:PORT of its GCS; else RAY_ADDRESS, else this machine's own.",
+            callback=_not_empty("http://HEAD:8265 would do, or the command without it, which takes RAY_ADDRESS or this machine's own"),
         ),
     ] = "",
     stage: Annotated[str, typer.Option(metavar="COMMAND", help="What of d2c the job runs: run, a stage, or sweep.")] = "run",

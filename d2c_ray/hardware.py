@@ -285,7 +285,10 @@ def described(gpus: str, cpus: int = 0) -> Cluster:
         return Cluster(0, "", cpus, cpu_name(), DESCRIBED, (f"that its CPU cores are like this machine's ({cpu_name()})",))
     said = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?([A-Za-z].*?)\s*", gpus)
     count = int(said[1] or 1) if said else 0
-    if said is None or not count or "," in gpus:
+    swapped = re.fullmatch(r"(.+?)\s*[xX×*]\s*(\d+)", said[2]) if said else None
+    if said and swapped and not said[1] and kind(swapped[1]):
+        raise UserError(f"--gpus {gpus}: the number stands in front, and {swapped[2]}x{swapped[1]} would do.")
+    if said is None or not count or "," in gpus or (swapped and kind(swapped[1])):
         raise UserError(f"--gpus {gpus}: a number of GPUs of one kind, for example 8xH100, would do.")
     assumed = () if cpus else (f"{CPUS_A_GPU} CPU cores a GPU (--cpus N says how many there are)",)
     return Cluster(count, said[2], cpus or CPUS_A_GPU * count, "", DESCRIBED, assumed)
