@@ -454,7 +454,7 @@ def sweep(
         _say("interrupted; the same command goes on from here.")
         sys.exit(130)
     with logs.results():
-        print(shown("\n".join(report.lines(base, done.folder, outcomes.gather(done.folder, base)))))
+        report.show(base, done.folder, outcomes.gather(done.folder, base))
 
 
 @_command("submit")
@@ -716,9 +716,9 @@ def _print_results(plan: Any, upto: str) -> None:
     else:
         for node in plan.of(upto):
             success = node.dir.success()
-            print(
-                f"{upto} ({', '.join(node.arms)}): {node.folder}  {success['rows_done']} rows, {success['rows_rejected']} rejected, {success['seconds']} s"
-            )
+            counts = {key: success[key] for key in ("rows_done", "rows_rejected", "seconds")}
+            said = f"{upto} ({', '.join(node.arms)}): {node.folder}  {counts['rows_done']} rows, {counts['rows_rejected']} rejected, {counts['seconds']} s"
+            logs.table([said], [(said, {"stage": upto, "folder": node.name, "arms": node.arms, **counts})])
             if upto == "select":
                 from d2c_ray.report.summary import print_selection
 
