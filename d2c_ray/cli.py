@@ -148,11 +148,33 @@ Overrides = Annotated[
 ]
 
 
+def _not_empty(would: str) -> Callable[[typer.Context, typer.CallbackParam, str], str]:
+    """Refuses an option that is given without a word, which would be taken for one that is not given."""
+
+    def check(context: typer.Context, option: typer.CallbackParam, value: str) -> str:
+        given = context.get_parameter_source(option.name or "")
+        if given is not None and given.name == "COMMANDLINE" and not value.strip():
+            raise UserError(f"{option.opts[0]} is empty, as of a variable that is not set; {would}.")
+        return value
+
+    return check
+
+
 Gpus = Annotated[
-    str, typer.Option("--gpus", "--gpu", metavar="NxNAME", help="A cluster in words: 8xH100, A100, '2xRTX 4090'; else this machine.")
-]
+    str,
+    typer.Option(
+        "--gpus", "--gpu", metavar="NxNAME", help="A cluster in words: 8xH100, A100, '2xRTX 4090'; else this machine.",
+        callback=_not_empty("8xH100 would do, or the command without it, which is of this machine"),
+    ),
+]  # fmt: skip
 Cpus = Annotated[int, typer.Option(min=0, metavar="N", help="CPU cores of that cluster; 0: 8 a GPU.")]
-Address = Annotated[str, typer.Option(metavar="ADDRESS", help="A Ray cluster at hand, which is asked for its nodes: auto, HOST:PORT.")]
+Address = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS", help="A Ray cluster at hand, which is asked for its nodes: auto, HOST:PORT.",
+        callback=_not_empty("auto or HOST:PORT would do, or the command without it, which is of this machine"),
+    ),
+]  # fmt: skip
 
 
 def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -437,7 +459,7 @@ def sweep(
         _say("interrupted; the same command goes on from here.")
         sys.exit(130)
     with logs.results():
-        print(shown("\n".join(report.lines(base, done.folder, outcomes.gather(done.folder, base)))))
+        report.show(base, done.folder, outcomes.gather(done.folder, base))
 
 
 @_command("submit")
@@ -447,7 +469,9 @@ def submit(
     address: Annotated[
         str,
         typer.Option(
-            metavar="URL", help="The cluster: http://HEAD:8265, or HEAD:PORT of its GCS; else RAY_ADDRESS, else this machine's own."
+            metavar="URL",
+            help="The cluster: http://HEAD:8265, or HEAD:PORT of its GCS; else RAY_ADDRESS, else this machine's own.",
+            callback=_not_empty("http://HEAD:8265 would do, or the command without it, which takes RAY_ADDRESS or this machine's own"),
         ),
     ] = "",
     stage: Annotated[str, typer.Option(metavar="COMMAND", help="What of d2c the job runs: run, a stage, or sweep.")] = "run",
@@ -696,9 +720,9 @@ def _print_results(plan: Any, upto: str) -> None:
     else:
         for node in plan.of(upto):
             success = node.dir.success()
-            print(
-                f"{upto} ({', '.join(node.arms)}): {node.folder}  {success['rows_done']} rows, {success['rows_rejected']} rejected, {success['seconds']} s"
-            )
+            counts = {key: success[key] for key in ("rows_done", "rows_rejected", "seconds")}
+            said = f"{upto} ({', '.join(node.arms)}): {node.folder}  {counts['rows_done']} rows, {counts['rows_rejected']} rejected, {counts['seconds']} s"
+            logs.table([said], [(said, {"stage": upto, "folder": node.name, "arms": node.arms, **counts})])
             if upto == "select":
                 from d2c_ray.report.summary import print_selection
 

@@ -447,6 +447,14 @@ def load(path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -
     layers: list[Any] = []
     if path is not None:
         path = Path(path)
+        if path.is_dir():
+            inside = sorted(str(file) for ending in ("*.yaml", "*.yml") for file in path.glob(ending))
+            would = (
+                f"a file in it would do: {', '.join(inside[:4])}{f' and {len(inside) - 4} more' if len(inside) > 4 else ''}"
+                if inside
+                else "it holds no .yaml file"
+            )
+            raise UserError(f"'{path}' is a folder, and a configuration is a file; {would}.")
         if not path.is_file():
             raise UserError(f"no configuration file at '{path}'. The presets are in configs/, for example configs/quickstart.yaml.")
         layers += [layer for _, layer in _with_bases(path)]
@@ -615,6 +623,11 @@ def check(config: Config) -> None:
             raise UserError(
                 f"{key}={value!r} is unknown; one of {', '.join(map(str, allowed))}{nearest(str(value), [str(a) for a in allowed])}"
             )
+    if config.data.source == "digits" and config.data.path:
+        raise UserError(
+            f"data.path={config.data.path} with data.source=digits, which are embedded and lie nowhere: data.source=auto would do, or folder, parquet or webdataset; "
+            "or leave the path out."
+        )
     for key, least in MINIMUM.items():
         if get(config, key) < least:
             raise UserError(f"{key}={get(config, key)} is too small; {least} or more would do.")

@@ -193,9 +193,10 @@ def _actors(cluster: Cluster, nodes: list[tuple[float, float]], resources: Resou
         return Lack(what, f"{actors} places of 1 CPU and {each:g} GPU", f"{held}", would, refusal)
     if actors > held or decode_cpus(nodes, actors, each) < 1:
         more = f"resources.num_cpus={actors + 1}"
+        logical = "" if resources.address else f", or more logical CPUs ({more}),"  # which a local Ray alone takes
         refusal = (
             f"{actors} actors of one CPU and one free CPU for decoding want {actors + 1} CPUs; Ray has {cpus:g} ({_listed(nodes)}). "
-            f"resources.actors={max(1, int(cpus) - 1)}, or more logical CPUs ({more} on a local Ray), would do. {GROWS}"
+            f"resources.actors={max(1, int(cpus) - 1)}{logical} would do. {GROWS}"
         )
         return Lack(
             what, f"{actors + 1} CPUs, one of them to decode on", f"{cpus:g}", would or ((more,) if cluster.how == HERE else ()), refusal
@@ -284,7 +285,10 @@ def described(gpus: str, cpus: int = 0) -> Cluster:
         return Cluster(0, "", cpus, cpu_name(), DESCRIBED, (f"that its CPU cores are like this machine's ({cpu_name()})",))
     said = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?([A-Za-z].*?)\s*", gpus)
     count = int(said[1] or 1) if said else 0
-    if said is None or not count or "," in gpus:
+    swapped = re.fullmatch(r"(.+?)\s*[xX×*]\s*(\d+)", said[2]) if said else None
+    if said and swapped and not said[1] and kind(swapped[1]):
+        raise UserError(f"--gpus {gpus}: the number stands in front, and {swapped[2]}x{swapped[1]} would do.")
+    if said is None or not count or "," in gpus or (swapped and kind(swapped[1])):
         raise UserError(f"--gpus {gpus}: a number of GPUs of one kind, for example 8xH100, would do.")
     assumed = () if cpus else (f"{CPUS_A_GPU} CPU cores a GPU (--cpus N says how many there are)",)
     return Cluster(count, said[2], cpus or CPUS_A_GPU * count, "", DESCRIBED, assumed)

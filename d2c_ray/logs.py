@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -129,7 +129,7 @@ def own_handlers() -> None:
 
 @contextmanager
 def results() -> Iterator[None]:
-    """With JSON, what is printed within (a command's tables) becomes a line of the log each."""
+    """With JSON, every line that is printed within becomes one of the log; rows of numbers are for `table`."""
     if not as_json():
         yield
         return
@@ -137,6 +137,20 @@ def results() -> Iterator[None]:
     with redirect_stdout(lines):
         yield
     lines.end()
+
+
+def table(printed: Iterable[str], rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """Prints a table for people; with JSON, says each of its rows instead: a text, and the numbers as fields.
+
+    Args:
+        printed: the table's lines.
+        rows: text and fields of each row.
+    """
+    if as_json():
+        for text, fields in rows:
+            say(text, **fields)
+    else:
+        print("\n".join(printed))
 
 
 class _Lines(io.TextIOBase):

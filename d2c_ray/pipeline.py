@@ -374,17 +374,12 @@ class Status:
         """
         self._run |= {"upto": upto, **about}
         self.write()
-        end = {"state": "done"}
+        end: dict[str, Any] = {"state": "done"}
         try:
             with repeating(self._write_if_possible, HEARTBEAT_SEC, "d2c-heartbeat"):
                 yield
         except BaseException as error:
-            failed = isinstance(error, Exception)
-            end = (
-                {"state": "failed", "error": redacted(str(unwrap(error) or f"{type(error).__name__}: {error}"))}
-                if failed
-                else {"state": "stopped"}
-            )
+            end = _failure(error) if isinstance(error, Exception) else {"state": "stopped"}
             raise
         finally:
             self._run |= end
@@ -455,6 +450,12 @@ class Status:
                 node.name: self._states.get(node.name, {"state": "done" if node.dir.done else "waiting"}) for node in self._plan.nodes
             }
             write_json(self._path, {**self._run, "updated": now(), "every_sec": HEARTBEAT_SEC, "stages": stages})
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """What status.json says of a run that failed: why, and whether that is the user's to mend."""
+    given = unwrap(error)
+    return {"state": "failed", "error": redacted(str(given or f"{type(error).__name__}: {error}")), "to_mend": given is not None}
 
 
 def _ray_job() -> dict[str, str]:

@@ -108,6 +108,7 @@ def test_command_line_wins_over_the_file() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("data.source=digits data.path=/my/images", ["data.path=/my/images with data.source=digits", "data.source=auto would do"]),
         ("select.bugdet=5", ["select.bugdet", "did you mean 'budget'"]),
         ("selct.budget=5", ["selct", "did you mean 'select'"]),
         ("evaluate.steps=5", ["evaluate.steps", "did you mean 'sample.steps'"]),
@@ -219,6 +220,14 @@ def test_a_base_that_is_not_there_or_leads_back_is_refused(tmp_path: Path) -> No
 def test_missing_file_names_where_presets_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"configs/quickstart\.yaml"):
         config.load(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"is a folder, and a configuration is a file; it holds no \.yaml file\.$"):
+        config.load(tmp_path)
+    for name in "edcba":
+        (tmp_path / f"{name}.yaml").touch()
+    with pytest.raises(
+        UserError, match=r"is a folder.*a file in it would do: .*/a\.yaml, .*/b\.yaml, .*/c\.yaml, .*/d\.yaml and 1 more\.$"
+    ):
+        config.load(tmp_path)
 
 
 def test_arms_change_only_what_they_name() -> None:

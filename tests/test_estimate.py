@@ -242,7 +242,7 @@ def test_the_command_prints_numbers_or_lines(capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit) as ended:
             cli.main(["plan", *args])
         assert not ended.value.code
-    as_json, text = capsys.readouterr().out.split("\nstudent\n")
+    as_json, text = capsys.readouterr().out.split("\nit does not fit as it stands: ")
     assert json.loads(as_json)["students"]["student"]["images"] == 120  # of the 12 a class that the file allows, of 1,000 classes
     assert (
         "assumed: 30% of A100's 312.0 TFLOP/s in bf16" in text
@@ -251,11 +251,16 @@ def test_the_command_prints_numbers_or_lines(capsys: pytest.CaptureFixture[str])
     )
     for wrong, words in (
         (("--gpus", "Abacus"), "--gpus Abacus: no peak in fp32 is known of it, and d2c bench measured nothing on one"),
+        (("--gpus", "H100x8"), "--gpus H100x8: the number stands in front, and 8xH100 would do"), (("--gpus", "RTX 4090 x 2"), "2xRTX 4090 would do"),
+        (("--gpus", "H100 x8"), "8xH100 would do"), (("--gpus", "2xH100 x8"), "a number of GPUs of one kind"), (("--gpus", "Abacusx8"), "no peak in fp32 is known of it"),
+        (("--gpus", ""), "--gpus is empty, as of a variable that is not set; 8xH100 would do"), (("--gpus", " "), "--gpus is empty"),
+        (("--address", ""), "--address is empty"),
         (("--mfu", "7", "--gpus", "H100"), "--mfu 7"), (("--gpus", "2xH100,8xL4"), "a number of GPUs of one kind"), (("--gpus", "0xH100"), "a number of GPUs"),
         (("--cpus", "4", "--price", "1"), "--price 1 is of a GPU-hour"), (("--address", "auto", "--gpus", "H100"), "one of the two would do"),
     ):  # fmt: skip
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             cli.main(["plan", str(DEBUG), *wrong])
+        assert ended.value.code == 2, wrong
         assert words in capsys.readouterr().err
     with pytest.raises(UserError, match="asks for 5000 images; there are 400"):
         forecast.collect(load(DEBUG, ["data.source=folder", "select.budget=5000"]), forecast.Asked(images=400))
@@ -643,9 +648,13 @@ def test_messages_say_what_is_planned_with_and_what_was_not_looked_at() -> None:
     _, text = fits("resources.micro_batch=0")
     (line,) = [line for line in text if line.startswith("does not fit: the memory of a training step")]
     assert " of the 21.6 GB that are planned with (90% of one L4): resources.micro_batch=" in line
-    unseen = "not checked: the run folder's disk and that of a node's copies (--disk GB and --cache GB say what is free there)"
+    assert (
+        text[0].startswith("it does not fit as it stands: ") and text[0].endswith("; what would do is said below") and text[2] == "student"
+    )
+    assert "the memory of a training step" in text[0]
+    unseen = "not checked: the run folder's disk and the disk of a node's copies (--disk GB and --cache GB say what is free there)"
     assert unseen in text and unseen not in fits(disk=1e12, cache=1e12)[1]
-    assert "not checked: that of a node's copies (--cache GB says what is free there)" in fits(disk=1e12)[1]
+    assert "not checked: the disk of a node's copies (--cache GB says what is free there)" in fits(disk=1e12)[1]
     assert not any(line.startswith("not checked") for line in printed.lines(forecast.collect(load(DEBUG))))
 
 

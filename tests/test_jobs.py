@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import re
 import runpy
@@ -303,7 +304,12 @@ def test_what_a_job_could_not_use_is_refused_before_anything_is_uploaded(tmp_pat
     refused("sweep", there, command="sweep")  # of no axes
     refused("'.*debug.yaml' is not uploaded", there, exclude=("debug.yaml",))
     refused("data.classes=.* is not uploaded", there, f"data.classes={os.path.relpath(ROOT.parent)}")
-    refused(r"data.path=.* is not uploaded.*every node sees would do, or s3://\.", there, f"data.path={os.path.relpath(ROOT.parent)}")
+    refused(
+        r"data.path=.* is not uploaded.*every node sees would do, or s3://\.",
+        there,
+        "data.source=auto",
+        f"data.path={os.path.relpath(ROOT.parent)}",
+    )
     refused("there is no such folder", there, folder=str(tmp_path / "none"))
     outside = tmp_path / "mine.yaml"
     outside.write_text(f"base: {DEBUG}\n")
@@ -311,6 +317,9 @@ def test_what_a_job_could_not_use_is_refused_before_anything_is_uploaded(tmp_pat
     refused("debug.yaml' lies outside", there, config=outside, folder=str(tmp_path))  # its base
     with pytest.raises(UserError, match=r"no Ray cluster answers there \(.*refused"):
         submit.submit(submit.prepare(str(DEBUG), [there], "run", str(ROOT), [], []), f"http://127.0.0.1:{free_port()}", "", False, print)
+    for address in ("ftp://x", "os://head:8265"):  # of which Ray would take the scheme for a module to import
+        with pytest.raises(UserError, match=rf"--address {address}: http://HEAD:8265, the dashboard's address, would do, or HEAD:PORT\.$"):
+            submit.submit(submit.prepare(str(DEBUG), [there], "run", str(ROOT), [], []), address, "", False, print)
 
 
 def test_what_a_job_leaves_behind_lies_where_it_stays() -> None:
@@ -470,11 +479,14 @@ def follow(head: FlakyHead) -> int:
 
 def test_a_log_is_followed_over_lost_connections(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    told: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger("ray.dashboard.modules.job.sdk"), "handle", told.append)
     with FlakyHead(
         [(["one\n", "two\n"], "cut"), (["one\ntwo\nth", "ree\n"], "close")], {"status": "SUCCEEDED", "driver_exit_code": 0}
     ) as head:
         assert follow(head) == 0
     assert capsys.readouterr().out == "one\ntwo\nthree\n"
+    assert not [one for one in told if "WebSocket closed" in one.getMessage()], "of which nobody learns anything"
 
     monkeypatch.setattr(submit, "SILENT_SEC", 0.1)
     with FlakyHead([(["one\n"], "silence")], {"status": "FAILED", "driver_exit_code": -9}) as head:

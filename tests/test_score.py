@@ -732,6 +732,13 @@ def test_what_the_cluster_cannot_hold_is_refused(alive: Callable[..., None], nod
     cluster.preflight(ResourcesConfig(**options, autoscaling=True))
 
 
+def test_logical_cpus_are_offered_of_a_local_ray_alone(alive: Callable[..., None]) -> None:
+    alive((2.0, 0.0))
+    with pytest.raises(UserError, match=r"Ray has 2 \(2 CPU\)\. resources\.actors=1 would do\. With nodes that come") as refused:
+        cluster.preflight(ResourcesConfig(actors=9, address="auto"))
+    assert "num_cpus" not in str(refused.value)
+
+
 def test_what_fits_is_not_refused(alive: Callable[..., None]) -> None:
     alive((3.0, 0.0))
     cluster.preflight(ResourcesConfig(actors=2))

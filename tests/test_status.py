@@ -60,7 +60,9 @@ def test_what_failed_says_why(debug_config) -> None:
         pipeline.run(config, **SILENT)
     found = read(run_folder(config))
     assert found["state"] == "failed" and stages(found)["manifest"] == "done"
-    assert "asks for 121 images; there are 120" in "\n".join(status.lines(found))
+    first, *rest = status.lines(found)
+    assert "asks for 121 images; there are 120" in "\n".join(rest)
+    assert first.endswith("; once that is mended, the same command goes on from here")
 
 
 def test_a_run_that_goes_on_one_that_was_killed_and_one_elsewhere(debug_config) -> None:
@@ -188,6 +190,7 @@ def test_sigterm_stops_a_run_that_then_says_so(debug_config) -> None:
         failed_beside(plan, score)
     found = read(plan.folder)
     assert stages(found)["score"] == "stopped" and found["error"] == "ValueError: the one"
+    assert status.lines(found)[0].endswith("); the same command goes on from here"), "it may not come again"
 
 
 class Late:

@@ -15,7 +15,7 @@ import pytest
 from conftest import DEBUG, ROOT
 from scipy import stats
 
-from d2c_ray import sweep, trials
+from d2c_ray import logs, sweep, trials
 from d2c_ray.config import Config, SweepConfig, load
 from d2c_ray.errors import UserError
 from d2c_ray.evaluate import paired
@@ -252,7 +252,7 @@ def test_numbers_of_other_measures_are_set_beside_nothing() -> None:
     ]
 
 
-def test_the_page_says_it_all_and_the_table_holds_it(tmp_path: Path) -> None:
+def test_the_page_says_it_all_and_the_table_holds_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = given("sweep.seeds=[0,1,2,3]")
     found = rows(6.0, 0.3)
     failed = {
@@ -278,8 +278,28 @@ def test_the_page_says_it_all_and_the_table_holds_it(tmp_path: Path) -> None:
     table = pq.read_table(folder / "results.parquet")
     assert len(table) == 33 and table.column("frechet").null_count == 1 and set(table.column("select.budget").to_pylist()) == {30, 60}
     assert table.column("seconds_train").to_pylist()[:1] == [30.0]
-    printed = "\n".join(report.lines(config, folder, [*found, failed]))
+    report.show(config, folder, [*found, failed])
+    printed = capsys.readouterr().out
+    assert "budget=60 selector=interval align_weight=0.5  " in printed and "Fréchet distance ↓" in printed, "the table"
     assert "selector random against interval at budget=60: worse" in printed and "best: budget=60" in printed
+
+
+def test_as_json_a_point_is_a_line_with_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logs, "_process", logs.About("run", format="json"))
+    with logs.results():
+        report.show(given("sweep.seeds=[0,1,2,3]"), tmp_path, rows(6.0, 0.3))
+    out, err = capsys.readouterr()
+    said = [json.loads(line) for line in err.splitlines()]
+    points = [line for line in said if "point" in line]
+    assert not out and len(points) == 8 and all(line["message"] == line["message"].strip() for line in said)
+    best = points[0]
+    assert best["point"] == {"select.budget": 60, "select.selector": "interval", "train.align_weight": 0}
+    assert (best["metric"], best["seeds"], best["images"], best["floor"], best["cost_seconds"]) == ("frechet", 4, 60, 3.0, 80.0)
+    values = [one["measures"]["frechet"] for one in rows(6.0, 0.3) if one["point"] == best["point"]]
+    assert best["mean"] == pytest.approx(np.mean(values)) and best["deviation"] == pytest.approx(np.std(values, ddof=1))
+    assert any(line["message"].startswith("best: budget=60") for line in said)
 
 
 def test_the_pace_of_a_training_leaves_its_first_record_out() -> None:

@@ -30,7 +30,7 @@ from d2c_ray.distributed.actors import Embedder, Sampler, Scorer
 from d2c_ray.progress import Progress, rewrite
 from d2c_ray.rejects import Rejects
 from d2c_ray.repeating import repeating
-from d2c_ray.report import outcomes
+from d2c_ray.report import gather, html, outcomes
 from d2c_ray.watch import Facts, Operator, Worker, explain
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
@@ -352,6 +352,62 @@ def test_people_get_the_lines_they_always_got(capsys: pytest.CaptureFixture) -> 
     with logs.results():
         print("a table")
     assert capsys.readouterr() == ("a table\n", "d2c: starting Ray\n")
+
+
+def test_a_row_of_results_is_an_object_with_its_numbers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run's students, of the classes of a selection, and of what a stage made; what is said beside them stays in one piece."""
+    measures = {"frechet": 12.5, "frechet_interval": [11.0, 14.0], "kid": 0.01, "kid_error": 0.002, "precision": 0.5, "recall": 0.25}
+    common = {
+        "record": {"network": "n"},
+        "counts": {"generated": 80, "real": 70, "subset": 30},
+        "real": {"frechet": 3.0},
+        "subset": {"frechet": 4.0},
+    }
+    found = [
+        gather.Arm(name, {}, {**common, "generated": {**measures, "frechet": own}, "label_agreement": 0.75}, [], None, "all", {"train": 3.0, "score": 1.5}, {})
+        for name, own in (("one", 12.5), ("two", 99.0))
+    ]  # fmt: skip
+    classes = {
+        "label": 3,
+        "name": "cat",
+        "size": 9,
+        "quota": 2,
+        "shortfall": 0,
+        "nominal_f": 0.75,
+        "deepest_rank": 0.5,
+        "score_min": 1.0,
+        "score_max": 2.0,
+    }
+    monkeypatch.setattr(gather, "arms", lambda plan: found)
+    monkeypatch.setattr(gather, "selection_classes", lambda node, most: (1, [classes]))
+    monkeypatch.setattr(html, "notices", lambda plan, arms: ["word " * 60])
+    success = {"rows_done": 80, "rows_rejected": 1, "seconds": 2.5}
+    node = SimpleNamespace(
+        dir=SimpleNamespace(success=lambda: success), arms=["one", "two"], folder=Path("/runs/small/selection-0"), name="selection-0"
+    )
+    plan = SimpleNamespace(folder=Path("/runs/small"), of=lambda stage: [node])
+    for format in ("plain", "json"):
+        monkeypatch.setattr(logs, "_process", logs.About("small", format=format))
+        for upto in ("report", "select"):
+            with logs.results():
+                cli._print_results(plan, upto)
+    out, err = capsys.readouterr()
+    assert "Fréchet distance ↓" in out and "two" in out and "cat" in out and "{" not in out
+    said = [json.loads(line) for line in err.splitlines()]
+    rows = [line for line in said if "kind" in line]
+    assert [(row["kind"], row["arm"], row["images"], row["frechet"]) for row in rows] == [
+        ("real", "", 70, 3.0), ("student", "one", 80, 12.5), ("floor", "one", 30, 4.0), ("student", "two", 80, 99.0), ("floor", "two", 30, 4.0),
+    ]  # fmt: skip
+    assert rows[1] == {**rows[1], **measures, "agreement": 0.75, "network": "n", "run": "small"}
+    assert rows[1]["message"] == "one: Fréchet distance 12.50, KID 0.0100, precision 0.500, recall 0.250, label agreement 75.0%"
+    (bill,) = [line for line in said if line.get("arm") == "two" and "seconds" in line]
+    assert (bill["seconds"], bill["seconds_training"]) == (4.5, 3.0)
+    assert [line["message"] for line in said if "word" in line["message"]] == [f"note: {'word ' * 60}".strip()]
+    (made,) = [line for line in said if line.get("stage") == "select"]
+    assert made == {**made, **success, "folder": "selection-0", "arms": ["one", "two"]}
+    (own,) = [line for line in said if "quota" in line]
+    assert own == {**own, **classes, "message": "cat: 2 of 9 images"}
+    assert not any(set(line["message"]) & set("│┃━┏") for line in said), "no drawn table"
 
 
 def test_a_mistake_is_an_object_too(capsys: pytest.CaptureFixture) -> None:

@@ -55,6 +55,7 @@ PATHS = (
     "attach.vision.encoder", "evaluate.network", "evaluate.reference", "evaluate.inception",
 )  # fmt: skip
 NAMES = {"", "none", "minilm", "wordnet", configs.INCEPTION, *configs.EFFICIENTNETS, *configs.DINOV2}
+SCHEMES = ("", "http", "https", "ray")  # of an address; any other one Ray takes for a module, which it imports
 FROM_S3 = ("data.path", "data.classes")
 KEPT = ("run.dir", "resources.checkpoint_storage", "resources.cache_dir", "tracking.mlflow_uri")  # where a job writes
 TOKEN = (
@@ -313,7 +314,9 @@ def _refused(address: str) -> Iterator[None]:
     try:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
-        raise UserError(f"--address {given}: http://HEAD:8265 would do, or HEAD:PORT.") from None
+        port, parts = None, parts._replace(scheme="none")
+    if parts.scheme not in SCHEMES:
+        raise UserError(f"--address {given}: http://HEAD:8265, the dashboard's address, would do, or HEAD:PORT.")
     if parts.hostname and port:
         reason = answers(parts.hostname, port)
         if reason:
@@ -345,6 +348,7 @@ def _untaken(client: JobSubmissionClient, name: str) -> None:
 async def _follow(client: JobSubmissionClient, name: str, say: Say) -> int:
     """Prints the job's log as it grows, over lost connections too, and gives its exit status."""
     shown, since = 0, time.monotonic()  # characters; of the last answer
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # it tells of every connection to a log that closes
 
     def answered() -> None:
         nonlocal since

@@ -10,6 +10,11 @@ from d2c_ray.report.numbers import in_bytes
 def lines(found: dict[str, Any]) -> list[str]:
     """What a plan says, a line each."""
     out = [f"one trial of {found['trials']:,}; d2c sweep --dry-run plans all", ""] if found["trials"] else []
+    if found["problems"]:
+        out += [
+            f"it does not fit as it stands: {', '.join(problem['what'] for problem in found['problems'])}; what would do is said below",
+            "",
+        ]
     for arm, student in found["students"].items():
         out += [f"{arm}", *(f"  {line}" for line in _student(student)), ""]
     out += [f"stages, on {found['cluster']['title']}"]
@@ -127,7 +132,7 @@ def _problems(problems: list[dict[str, Any]]) -> list[str]:
 
 
 def _not_checked(options: list[str]) -> list[str]:
-    of = {"--disk": "the run folder's disk", "--cache": "that of a node's copies"}
+    of = {"--disk": "the run folder's disk", "--cache": "the disk of a node's copies"}
     given = " and ".join(f"{option} GB" for option in options)
     return (
         [

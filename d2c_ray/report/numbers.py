@@ -91,6 +91,23 @@ def value_and_error(values: dict[str, Any], key: str) -> tuple[str, str]:
     return form(value), ""
 
 
+def fields(values: dict[str, Any]) -> dict[str, Any]:
+    """The measures as numbers, with their errors, deviations over seeds and intervals where they have any."""
+    every = (f"{key}{more}" for key in COLUMNS for more in ("", "_error", "_spread", "_interval"))
+    return {key: values[key] for key in every if values.get(key) is not None}
+
+
+def as_fields(shown: Sequence[Row], network: str) -> list[tuple[str, dict[str, Any]]]:
+    """The rows for machines: of each a text, and fields. `arm` is the student it belongs to; real images belong to none."""
+    found, arm = [], ""
+    for row in shown:
+        arm = row.name if row.kind == "student" else arm if row.kind != "real" else ""
+        said = ", ".join(f"{COLUMNS[key].rstrip(' ↑↓')} {value_and_error(row.values, key)[0]}" for key in columns([row]))
+        about = {"network": network, "arm": arm, "row": row.name, "kind": row.kind, "images": row.count}
+        found.append((f"{row.name}: {said}", {**about, **fields(row.values)}))
+    return found
+
+
 def as_text(shown: Sequence[Row], brief: bool = False) -> list[str]:
     """The rows as aligned lines, without intervals and errors where it is to be `brief`."""
     keys = columns(shown)

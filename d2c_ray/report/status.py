@@ -31,9 +31,9 @@ def read(run: str, options: StorageConfig, now: datetime | None = None) -> dict[
 
     Returns:
         state: 'running', 'done', 'failed', 'stopped' (it was asked to end), 'gone' (its process was killed) or 'silent' (no sign of life, and
-        its process is elsewhere); upto, host, pid, job, started, updated, silent_sec, error. stages: stage, arms, folder, state, and as far as
-        they are known done, total, unit, rate (units a second), left_sec, note, seconds, error. sweep: counts of trials by state, those
-        that run and those that failed; None where there is none.
+        its process is elsewhere); upto, host, pid, job, started, updated, silent_sec, error, to_mend (whether the error is the user's
+        to mend, and would only come again). stages: stage, arms, folder, state, and as far as they are known done, total, unit, rate (units a second),
+        left_sec, note, seconds, error. sweep: counts of trials by state, those that run and those that failed; None where there is none.
 
     Raises:
         UserError: nothing is there, or no run folder.
@@ -53,7 +53,9 @@ def read(run: str, options: StorageConfig, now: datetime | None = None) -> dict[
             "of it, or the run's configuration file."
         )
     now = now or datetime.now().astimezone()
-    found: dict[str, Any] = {key: said[key] for key in ("upto", "host", "pid", "job", "started", "updated", "error") if key in said}
+    found: dict[str, Any] = {
+        key: said[key] for key in ("upto", "host", "pid", "job", "started", "updated", "error", "to_mend") if key in said
+    }
     found = {"run": folder.root, "state": _state(said, now), **found, "silent_sec": _silence(said, now) if "updated" in said else None}
     sweep = sweep or said.get("sweep", "")
     nodes = [node for node in plan["nodes"] if not (sweep and node["stage"] in OF_TRIALS)]
@@ -204,13 +206,14 @@ def _words(found: dict[str, Any]) -> str:
     by = f"process {found['pid']} on {found['host']}" + (f", Ray job {found['job']}" if "job" in found else "")
     ago = f"{clock(found['silent_sec'])} ago"
     upto = f" up to {found['upto']}" if found.get("upto") not in (None, "report", "sweep") else ""
-    again = "; the same command goes on from here"
+    again = "the same command goes on from here"
     return {
         "running": f"running{upto} ({by}), last sign of life {ago}",
         "done": f"done{upto}, {ago}",
-        "failed": f"failed {ago} ({by}){again}",
-        "stopped": f"stopped {ago} ({by}){again}",
-        "gone": f"cut off: {by} is gone, its last sign of life {ago}{again}",
+        # What is no refusal may have gone by itself: a node, a cluster.
+        "failed": f"failed {ago} ({by}); {'once that is mended, ' if found.get('to_mend') else ''}{again}",
+        "stopped": f"stopped {ago} ({by}); {again}",
+        "gone": f"cut off: {by} is gone, its last sign of life {ago}; {again}",
         "silent": f"silent: no sign of life of {by} for {clock(found['silent_sec'])}; it, its node or the copying of this folder has ended",
     }[found["state"]]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from d2c_ray import trials
+from d2c_ray import logs, trials
 from d2c_ray.config import Config, to_yaml
 from d2c_ray.evaluate import paired
 from d2c_ray.progress import clock
@@ -14,6 +14,7 @@ from d2c_ray.report import numbers, outcomes, plots
 from d2c_ray.report.outcomes import DONE, FAILED, STOPPED, Comparison, Group, Row
 from d2c_ray.rundir import versions, write_text
 from d2c_ray.trials import BUDGET, METRICS, SELECTOR, STRENGTHS
+from d2c_ray.wording import shown
 
 PAGE, BEST = "report.html", "best.yaml"
 
@@ -241,9 +242,15 @@ def _maps(every: Sequence[Group], axes: tuple[str, str] | None) -> dict[str, tup
     return found
 
 
-def lines(config: Config, folder: Path, rows: list[Row]) -> list[str]:
-    """What the command prints when a sweep is done."""
+def show(config: Config, folder: Path, rows: list[Row]) -> None:
+    """Prints what a sweep that is done found: its points, what they tell apart, and what is next."""
     found = summary(config, rows)
+    logs.table([shown(line) for line in _points(found)], [(shown(said), fields) for said, fields in _points_as_fields(found)])
+    print(shown("\n".join(_remarks(found, folder))))
+
+
+def _points(found: dict[str, Any]) -> list[str]:
+    """The table of points."""
     metric = found["metric"]
     body = [
         [
@@ -252,9 +259,29 @@ def lines(config: Config, folder: Path, rows: list[Row]) -> list[str]:
         ]
         for group in found["groups"]
     ]  # fmt: skip
-    said = numbers.grid(["", "images", found["heading"], "seeds", "floor", "cost"], body) if body else ["no trial is finished"]
-    for one in found["comparisons"]:
-        said.append(in_words(one, metric))
+    return numbers.grid(["", "images", found["heading"], "seeds", "floor", "cost"], body) if body else ["no trial is finished"]
+
+
+def _points_as_fields(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The same for machines: of each point a text, and fields."""
+    metric = found["metric"]
+    rows = [
+        (
+            f"{trials.label(group.point)}: {metric} {_number(group.mean, metric)} over {len(group.values)} seeds",
+            {
+                "point": group.point, "twin": group.twin, "images": group.kept, "metric": metric, "mean": group.mean, "deviation": group.deviation,
+                "seeds": len(group.values), "floor": _mean(group.rows, "floor"), "cost_seconds": group.cost_seconds,
+            },
+        )
+        for group in found["groups"]
+    ]  # fmt: skip
+    return rows or [("no trial is finished", {})]
+
+
+def _remarks(found: dict[str, Any], folder: Path) -> list[str]:
+    """What is said below the table of points."""
+    metric = found["metric"]
+    said = [in_words(one, metric) for one in found["comparisons"]]
     said += [f"note: {notice}" for notice in found["notices"]]
     said += [f"next: {text}" for text in found["next"]]
     if found["best"] is not None:
