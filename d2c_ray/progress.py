@@ -46,7 +46,7 @@ class Progress:
         self.label, self.total, self.unit, self.folder = label, total, unit, folder
         self.done = self._first = done
         self._before, self._interval = seconds_before, interval_sec
-        self._start = self._last_line = self._last_file = time.monotonic()
+        self._start = self._began = self._last_line = self._last_file = time.monotonic()
         self._task: Any = None
         self._note = ""
         self._about = logs.here()  # lines come from other threads too
@@ -89,11 +89,19 @@ class Progress:
         """Counts `count` more units; `note` is shown behind the rate."""
         self.at(self.done + count, note)
 
-    def at(self, done: int, note: str = "") -> None:
-        """Sets the count of finished units."""
+    def at(self, done: int, note: str = "", per_second: float | None = None) -> None:
+        """Sets the count of finished units.
+
+        Args:
+            per_second: the rate of the units that are new, where whoever does them says it: the first time it tells when they were
+                begun, and what came before (workers that start, a checkpoint that is read) is not in the rate that is shown.
+        """
+        now = time.monotonic()
+        if per_second and done > self.done and self._began == self._start:
+            self._first, self._began = self.done, max(self._start, now - (done - self.done) / per_second)
+        self._first = min(self._first, done)  # steps that are taken again
         self.done, self._note = done, note or self._note
         self._tell()
-        now = time.monotonic()
         if self._task is not None:
             _bars.update(self._task, completed=done, note=self._note)
         elif now - self._last_line >= self._interval:
@@ -106,12 +114,12 @@ class Progress:
         return self._before + time.monotonic() - self._start
 
     def _rate(self, elapsed: float) -> float:
-        """Units a second since the count began, 0 where that is too short a time to say."""
+        """Units a second since the first was begun, 0 where that is too short a time to say."""
         return (self.done - self._first) / elapsed if elapsed > 0.5 else 0.0
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
-        rate = self._rate(self._last_line - self._start)
+        rate = self._rate(self._last_line - self._began)
         seconds_left = (self.total - self.done) / rate if rate > 0 and self.done < self.total else None
         left = f", {clock(seconds_left)} left" if seconds_left is not None else ""
         speed = f" ({rate:,.1f} {self.unit}/s{left})" if rate else ""
@@ -144,7 +152,7 @@ class Progress:
                         "unit": self.unit,
                         "seconds": self.seconds(),
                         "note": self._note,
-                        "rate": self._rate(self._last_file - self._start),
+                        "rate": self._rate(self._last_file - self._began),
                         "at": now(),
                         **({"waits_for": waits} if (waits := watch.waits_for(self._about.folder)) else {}),
                     },

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -300,6 +301,17 @@ def test_as_json_a_point_is_a_line_with_its_numbers(
     values = [one["measures"]["frechet"] for one in rows(6.0, 0.3) if one["point"] == best["point"]]
     assert best["mean"] == pytest.approx(np.mean(values)) and best["deviation"] == pytest.approx(np.std(values, ddof=1))
     assert any(line["message"].startswith("best: budget=60") for line in said)
+
+
+def test_one_seed_has_no_spread_and_prose_no_arrow(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "sweep-1"
+    folder.mkdir(parents=True)
+    report.write(folder, given("sweep.seeds=[0]"), [one for one in rows(6.0, 0.3) if one["seed"] == 0])
+    page = (folder / "report.html").read_text()
+    assert "too few seeds" in page and not re.search(r"<td>[+-][0-9.e-]+ ± ", page)
+    assert re.search(r"</b>: Fréchet distance [0-9]", page)
+    report.write(folder, given("sweep.seeds=[0,1]"), [one for one in rows(6.0, 0.3) if one["seed"] < 2])
+    assert re.search(r"<td>[+-][0-9.e-]+ ± [0-9]", (folder / "report.html").read_text())
 
 
 def test_the_pace_of_a_training_leaves_its_first_record_out() -> None:

@@ -79,8 +79,9 @@ def train(job: Job, title: str, model: ModelConfig, options: TrainConfig, data: 
     )
     least = min(job.config.resources.train_workers_min or workers, workers)
     shown = math.ceil(options.num_images / options.batch_size) * options.batch_size  # whole steps
+    before = _last(metrics if after is None or metrics.is_file() else after / METRICS)
     with (
-        job.progress(shown, done=_last(metrics).get("images", 0), title=title) as progress,
+        job.progress(shown, done=before.get("images", 0), title=title) as progress,
         _followed(metrics, progress, trackers, partial(cluster.training_waits_for, least, use_gpu)),
     ):
         checkpoint = fit(job.config, spec.to_dict(), options, data, facts, job.out, workers, use_gpu, encoders, after)
@@ -418,7 +419,8 @@ def _followed(metrics: Path, progress: Progress, trackers: Trackers, waiting: Ca
         records = [record for record in map(_parsed, lines.new()) if record]
         trackers.follow(records)  # also where there are none: a preview comes after its record
         if records:
-            progress.at(records[-1]["images"], f"loss {float(records[-1]['loss']):.3f}")
+            last = records[-1]
+            progress.at(last["images"], f"loss {float(last['loss']):.3f}", last.get("images_per_sec"))
         elif not lines.read:
             progress.at(progress.done, waiting() if ray.is_initialized() else "starting")
 
