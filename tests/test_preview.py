@@ -17,7 +17,8 @@ from d2c_ray import progress
 from d2c_ray.config import ReportConfig, SampleConfig, VaeConfig
 from d2c_ray.distributed import trainer
 from d2c_ray.models.transformer import Transformer, TransformerSpec
-from d2c_ray.report.preview import ROWS, Preview
+from d2c_ray.report.contact_sheet import PREVIEW_ROWS
+from d2c_ray.report.preview import Preview
 
 LABELS = [1, 2]  # two of the model's three: the first class was never trained
 TEXT = (torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)), torch.ones(3, 4, dtype=torch.long))
@@ -45,7 +46,7 @@ def test_a_preview_is_a_grid_of_the_trained_classes(tmp_path: Path) -> None:
     assert (tmp_path / "previews" / "images-000000000192.png").read_bytes() != first
     picture = np.asarray(Image.open(io.BytesIO(first)))
     side = 8 * 7  # enlarged to 56 pixels, with gaps of 2
-    assert picture.shape == (ROWS * (side + 2) - 2, len(LABELS) * (side + 2) - 2, 3)
+    assert picture.shape == (PREVIEW_ROWS * (side + 2) - 2, len(LABELS) * (side + 2) - 2, 3)
     assert (picture[:, side : side + 2] == 255).all() and (picture[:, :side].std() > 10)
 
 

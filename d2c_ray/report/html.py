@@ -16,7 +16,7 @@ from d2c_ray.report import compare, contact_sheet, gather, numbers, plots
 from d2c_ray.rundir import versions, write_text
 from d2c_ray.tracking import PREVIEWS
 
-VERSION = 8  # raise it when the page changes
+VERSION = 9  # raise it when the page changes
 MOST_CLASSES = 1000  # of a selection's table that the page shows
 SHOWN_PREVIEWS = 4  # of a training
 SHOWN_PAIRS = 16  # of a student, generated and nearest training image
@@ -54,6 +54,7 @@ def context(plan: Plan) -> dict[str, Any]:
     judged = scored or (plan.of("embed") or plan.of("attach"))[0].dir.success()
     table = gather.candidates(plan)
     shown = shown_samples(arms)
+    side, wanted = plan.config.data.image_size, plan.config.report.images_per_class
     ids, scores = (table.column(name).to_numpy() for name in ("sample_id", "score"))
     if scored:
         for arm in arms:
@@ -80,6 +81,10 @@ def context(plan: Plan) -> dict[str, Any]:
         "sheet": contact_rows(plan, table, arms[0], classes),
         "gallery": gallery_rows(plan, shown, classes, table),
         "shown": shown,
+        "sheet_layout": contact_sheet.layout(side, wanted, 3 if scored else 2),
+        "gallery_layout": contact_sheet.layout(side, wanted, 1 + len(shown)),
+        "preview_pixels": contact_sheet.PREVIEW_ROWS * (contact_sheet.shown_pixels(side) + contact_sheet.GAP),
+        "enlarged": contact_sheet.is_enlarged(side),
         "score": scored["facts"] if scored else None,
         "rejected": judged["rows_rejected"],
         "subsets": [subset(arm) for arm in arms],
@@ -293,7 +298,7 @@ def bill(arms: list[gather.Arm]) -> list[dict[str, Any]]:
     ]
 
 
-def contact_rows(plan: Plan, table: pa.Table, arm: gather.Arm, classes: list[tuple[int, str]]) -> list[dict[str, str]]:
+def contact_rows(plan: Plan, table: pa.Table, arm: gather.Arm, classes: list[tuple[int, str]]) -> list[dict[str, Any]]:
     """A class a row: images the arm kept, images it skipped, and the hardest ones, each from easy to hard."""
     wanted = plan.config.report.images_per_class
     ids, labels, scores = (table.column(name).to_numpy() for name in ("sample_id", "label", "score"))
@@ -316,7 +321,7 @@ def contact_rows(plan: Plan, table: pa.Table, arm: gather.Arm, classes: list[tup
         )
     pixels = gather.images(plan, np.concatenate([some for _, groups in picks for some in groups.values()]))
     return [
-        {"name": name, **{group: contact_sheet.strip([pixels[int(i)] for i in some]) for group, some in groups.items()}}
+        {"name": name, **{group: [contact_sheet.picture(pixels[int(i)]) for i in some] for group, some in groups.items()}}
         for name, groups in picks
     ]
 
@@ -336,9 +341,8 @@ def gallery_rows(plan: Plan, shown: list[dict[str, Any]], classes: list[tuple[in
     rows = []
     for label, name in classes:
         students = [
-            contact_sheet.strip([image for asked, image in zip(*made, strict=True) if asked == label][:wanted]) for made in generated
+            [contact_sheet.picture(image) for asked, image in zip(*made, strict=True) if asked == label][:wanted] for made in generated
         ]
-        rows.append(
-            {"name": name, "real": contact_sheet.strip([pixels[int(i)] for i in real[label] if int(i) in pixels]), "students": students}
-        )
+        found = [contact_sheet.picture(pixels[int(i)]) for i in real[label] if int(i) in pixels]
+        rows.append({"name": name, "real": found, "students": students})
     return rows

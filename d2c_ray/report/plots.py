@@ -77,7 +77,7 @@ def training_curves(arms: list[Arm]) -> str:
             axes[0, 1].set_ylabel("cosine to the vision tokens")
         for axis in axes[0]:
             axis.set_xlabel("images shown")
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}")
         return _svg(figure)
 
 

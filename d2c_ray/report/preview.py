@@ -15,7 +15,6 @@ from d2c_ray.rundir import write_bytes
 from d2c_ray.tracking import PREVIEWS
 
 MOST_STEPS = 50  # of the sampler: a preview is to be looked at, not measured
-ROWS = 4
 
 
 class Preview:
@@ -34,7 +33,7 @@ class Preview:
         text_strength: float, out: Path,
     ):  # fmt: skip
         self._labels = [labels[index] for index in contact_sheet.evenly(len(labels), report.classes)]
-        count = ROWS * len(self._labels)
+        count = contact_sheet.PREVIEW_ROWS * len(self._labels)
         self._sample = replace(
             sample,
             num_images=count,
