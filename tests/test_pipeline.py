@@ -219,7 +219,7 @@ def test_the_report_is_one_page_with_the_measured_numbers(finished: tuple[Path, 
         pictures = [base64.b64decode(png) for png in re.findall(r'<img src="data:image/png;base64,([^"]*)" alt="">', shown)]
         assert {(png[19], png[23]) for png in pictures} == {(8, 8)}, f"{words}: one size of file, and of the page's table"
         assert len(pictures) == (2 if "generated" in words else 4 if words.startswith(("kept", "hardest")) else 8), words
-    assert re.findall(r'class="pictures" style="--full: (\d+)px; --wide', page) == ["56", "56"]
+    assert re.findall(r'class="pictures" style="--full: (\d+)px; --wide', page) == ["40", "56"]
     for train in folder.glob("train-*"):  # 40 samples every 256 of 512 images, and the last of them on the page
         assert [path.name for path in sorted((train / "previews").iterdir())] == ["images-000000000256.png", "images-000000000512.png"]
     assert page.count('alt="samples after 512 images"') == 2

@@ -26,11 +26,12 @@ def section(title: str, **values: object) -> str:
     [
         (8, 2, 56, 8),  # digits, real and a student: one line
         (8, 3, 56, 4),
-        (8, 5, 56, 3),
+        (8, 5, 40, 4),  # two students with and without guidance
         (32, 2, 64, 4),  # CIFAR
+        (32, 5, 57, 3),
         (256, 2, 80, 4),  # ImageNet
         (256, 3, 74, 4),
-        (256, 5, 57, 3),  # two students with and without guidance: smaller, so that all are seen at once
+        (256, 5, 57, 3),
         (256, 12, 40, 3),  # wider than the page, which scrolls
     ],
 )

@@ -29,7 +29,7 @@ class Layout:
 def layout(side: int, count: int, columns: int) -> Layout:
     """In as few lines as the width of the page allows; smaller than they read best where that takes `MOST_LINES`.
 
-    Large images are also made somewhat smaller for a line less; the pixels of small ones would come out uneven.
+    Somewhat smaller ones are taken for a line less: small images by whole steps, so that their pixels are even.
 
     Args:
         side: pixels of an image.
@@ -37,12 +37,12 @@ def layout(side: int, count: int, columns: int) -> Layout:
         columns: of images in the table.
     """
     wanted = shown_pixels(side)
-    least = wanted if is_enlarged(side) else 0.75 * wanted
     for lines in range(1, MOST_LINES + 1):
         across = math.ceil(count / lines)
         fits = int((COLUMNS_PIXELS / columns - PADDING + GAP) / across - GAP)
-        if fits >= least:
-            return Layout(min(fits, wanted), across)
+        even = fits // side * side if is_enlarged(side) else fits
+        if even > 0.7 * wanted:
+            return Layout(min(even, wanted), across)
     return Layout(max(fits, min(wanted, LEAST_PIXELS)), across)
 
 
