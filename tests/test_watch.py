@@ -173,8 +173,11 @@ def test_every_line_is_an_object_that_says_what_it_is_of(run: Run) -> None:
     assert all({"time", "level", "run", "stage", "folder", "message"} <= set(line) for line in said)
     assert {line["run"] for line in said} == {"small"}
     assert {"manifest", "teacher", "score"} <= {line["stage"] for line in said}
-    last = [line for line in said if line["stage"] == "score" and line.get("rows_done") == 120][-1]
+    scored = [line for line in said if line["stage"] == "score" and line.get("rows_done") == 120]
+    last = [line for line in scored if "rows_total" in line][-1]  # of progress
     assert (last["rows_total"], last["unit"], last["level"]) == (120, "images", "info") and last["folder"].startswith("scores-")
+    (end,) = [line for line in scored if "rows_total" not in line]  # what the command ends with
+    assert (end["rows_rejected"], end["folder"], end["arms"]) == (0, last["folder"], ["student"]) and end["seconds"] > 0
     assert (run.folder / last["folder"]).is_dir()
     assert any(line["message"].startswith("score (student): ") for line in said), "what a command prints at its end is said too"
     assert not [line for line in said if line["level"] != "info" and line.get("logger") != "py.warnings"], "nothing stood still"
