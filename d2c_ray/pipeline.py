@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -104,18 +104,13 @@ def _run_with(plan: Plan, upto: str, say: Say, record: bool, status: "Status") -
         return plan
     plans.check_against_data(plan, manifest.dir.success()["facts"])
     wanted = [node for node in plan.needed(upto if upto in plans.STAGES else "evaluate") if node is not manifest]
-    slots = 1
     rows = manifest.dir.success()["facts"]["rows"]
     on_ray = any(_on_ray(node, rows) and not node.dir.done for node in wanted)
-    try:
+    attaching = [node.config for node in wanted if node.stage == "attach" and not node.dir.done]
+    with connected(config, attaching, status, say) if on_ray else nullcontext(1) as slots:
         if on_ray:
-            say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
-            slots = connect(config, [node.config for node in wanted if node.stage == "attach" and not node.dir.done])
             status.plan(wanted, slots)
         run_all(wanted, slots, status, say)
-    finally:
-        if on_ray:
-            disconnect()
     if upto == "report":
         from d2c_ray.stages import report
 
@@ -143,9 +138,8 @@ def run_all(nodes: list[Node], slots: int, status: "Status", say: Say) -> None:
     try:
         _schedule(waiting, running, free, status, say)
     except BaseException as error:
-        failed = isinstance(error, Exception)
-        status.stop(all_of_it=not failed)
-        _abandon(list(running), 20.0 if failed else 1.0)
+        status.ends(error)
+        _abandon(list(running), 20.0 if isinstance(error, Exception) else 1.0)
         raise
 
 
@@ -273,13 +267,26 @@ def _say_stability(facts: dict[str, Any], say: Say) -> None:
         say(f"score: rank stability {stability:.2f} at |T| = {count}: not enough (0.9){more}")
 
 
-def connect(config: Config, attaching: list[Config], dashboard: bool = False) -> int:
-    """Connects to Ray and returns the places for work that it has.
+@contextmanager
+def connected(config: Config, attaching: list[Config], status: "Status", say: Say, dashboard: bool = False) -> Iterator[int]:
+    """Within, this process works with Ray, of which it gives the places for work. How the run ended is written before Ray is let go of.
 
     Args:
         attaching: configurations of datasets that will be made.
         dashboard: a local Ray gets one.
     """
+    say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
+    try:
+        with stopping.as_raised():
+            yield _connect(config, attaching, dashboard)
+    except BaseException as error:
+        status.ends(error)  # not after: if this process does not survive Ray's end, the reason is known
+        raise
+    finally:
+        disconnect()
+
+
+def _connect(config: Config, attaching: list[Config], dashboard: bool) -> int:
     from d2c_ray.distributed import cluster
 
     try:
@@ -374,19 +381,14 @@ class Status:
         """
         self._run |= {"upto": upto, **about}
         self.write()
-        end: dict[str, Any] = {"state": "done"}
         try:
             with repeating(self._write_if_possible, HEARTBEAT_SEC, "d2c-heartbeat"):
                 yield
         except BaseException as error:
-            end = _failure(error) if isinstance(error, Exception) else {"state": "stopped"}
+            self.ends(error)
             raise
-        finally:
-            self._run |= end
-            if end["state"] == "done":
-                self.write()
-            else:
-                self._write_if_possible()
+        self._run |= {"state": "done"}
+        self.write()
 
     def plan(self, nodes: list[Node], slots: int) -> None:
         """Keeps in plan.json what is expected of stages that have not begun, to be set beside what they take."""
@@ -410,15 +412,17 @@ class Status:
             self._states[node.name] = {"state": state, "at": now(), **({"error": error} if error else {})}
         self.write()
 
-    def stop(self, all_of_it: bool = False) -> None:
-        """Says that the stages which run are cut off, through no fault of their own.
+    def ends(self, error: BaseException) -> None:
+        """Says how the run ends, and that the stages which still run are cut off through no fault of their own.
 
-        Args:
-            all_of_it: the run is, which it says at once: who asks a process to end kills it soon after (`ray job stop` in 3 s).
+        At once, and not when all is cleaned up: who asks a process to end kills it soon after (`ray job stop` in 3 s).
         """
         with self._lock:
             self._stopped = True
-            self._run |= {"state": "stopped"} if all_of_it else {}
+            before = {
+                name: value for name, value in self._run.items() if name not in ("error", "to_mend")
+            }  # of an error that this one followed
+            self._run = {**before, **(_failure(error) if isinstance(error, Exception) else {"state": "stopped"})}
             running = [name for name, said in self._states.items() if said["state"] == "running"]
             self._states |= {name: {"state": "stopped", "at": now()} for name in running}
         self._write_if_possible()

@@ -154,13 +154,10 @@ def _run_with(sweep: Sweep, status: pipeline.Status, say: Say) -> None:
     if sweep.trials and all(_finished(sweep, trial) for trial in sweep.trials):
         say(f"all {len(sweep.trials)} trials are finished")
         return
-    say("starting Ray" if not config.resources.address else f"connecting to Ray at {config.resources.address}")
-    try:
-        slots = pipeline.connect(config, [node.config for node in sweep.plan.of("attach") if not node.dir.done], dashboard=True)
+    attaching = [node.config for node in sweep.plan.of("attach") if not node.dir.done]
+    with pipeline.connected(config, attaching, status, say, dashboard=True) as slots:
         share(sweep, slots, status, say)
         _try(sweep, slots, say)
-    finally:
-        pipeline.disconnect()
 
 
 def _list(sweep: Sweep, status: pipeline.Status, say: Say) -> None:

@@ -1,6 +1,7 @@
 """Whole runs on a real local Ray, on real images, killed and resumed."""
 
 import base64
+import errno
 import html
 import json
 import os
@@ -24,11 +25,14 @@ from d2c_ray import cli, forecast, pipeline, schema
 from d2c_ray.config import StorageConfig, load
 from d2c_ray.data import tables
 from d2c_ray.data.decode import decode
+from d2c_ray.distributed import cluster
 from d2c_ray.errors import UserError
+from d2c_ray.job import Job
 from d2c_ray.models import weights
 from d2c_ray.report import estimate as printed
 from d2c_ray.report import numbers, status
 from d2c_ray.selection import difficulty
+from d2c_ray.stages import teacher
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
 
@@ -567,6 +571,56 @@ def test_stopped_while_ray_starts_it_says_so_and_leaves_nothing(tmp_path: Path) 
     assert process.returncode == cli.STOPPED and "stopped; the same command goes on" in out and "Traceback" not in out, out[-4000:]
     assert status.read(str(tmp_path / "debug"), StorageConfig())["state"] == "stopped"
     assert not psutil.wait_procs(family, timeout=60)[1]
+
+
+DROPPING = """
+import sys, threading
+from contextlib import suppress
+from d2c_ray.config import Config
+from d2c_ray.distributed import cluster
+import ray
+
+cluster.connect(Config().resources)
+name, at_work = ray.put(0).binary(), threading.Event()
+
+def drop():
+    while True:
+        with suppress(Exception):
+            ray.ObjectRef(name)
+            at_work.set()
+
+threading.Thread(target=drop, daemon=True).start()
+at_work.wait()
+cluster.disconnect()
+sys.exit(7)
+"""
+
+
+def test_a_thread_that_drops_objects_while_ray_ends_does_not_end_the_process() -> None:
+    """As Ray Data's do after an error that ended their reader: the run could not say why it failed, nor with which status."""
+    done = subprocess.run([sys.executable, "-c", DROPPING], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 7, (done.returncode, done.stdout, done.stderr)
+
+
+def test_why_a_run_failed_is_written_before_ray_is_let_go_of(debug_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process may not survive it."""
+    said = []
+
+    def disconnect() -> None:
+        said.append(status.read(str(pipeline.plans.run_folder(debug_config())), StorageConfig()))
+        cluster.disconnect()
+
+    def fail(job: Job) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(job.out))
+
+    monkeypatch.setattr(pipeline, "disconnect", disconnect)
+    monkeypatch.setattr(teacher, "run", fail)
+    with pytest.raises(OSError, match="No space left"):
+        pipeline.run(debug_config(), upto="teacher", **SILENT)
+    with pytest.raises(UserError, match="64 actors"):
+        pipeline.run(debug_config("resources.actors=64"), upto="teacher", **SILENT)
+    assert [found["state"] for found in said] == ["failed", "failed"]
+    assert "no room is left" in said[0]["error"] and "64 actors" in said[1]["error"]
 
 
 @pytest.mark.drill("cluster too small")

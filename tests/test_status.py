@@ -147,7 +147,7 @@ def stopped(plan: Plan, node: Node) -> None:
 def failed_beside(plan: Plan, node: Node) -> None:
     with going_on(plan) as own:
         own.set(node, "running")
-        own.stop()
+        own.ends(ValueError("the one"))
         own.set(node, "failed", "Ray went away under it")  # is not what was wrong
         raise ValueError("the one")
 
@@ -167,7 +167,7 @@ def test_a_full_disk_ends_no_heartbeat_and_hides_no_other_error(debug_config, mo
                 with pytest.raises(UserError, match="no room"):
                     own.write()
                 time.sleep(0.2)
-                own.stop()
+                own.ends(ValueError("another"))
             wait_until_rewritten(path)  # there is room again
             monkeypatch.setattr(os, "replace", full)
             raise ValueError("the one")
@@ -316,7 +316,7 @@ def test_what_a_run_did_just_before_it_was_stopped_counts(debug_config) -> None:
     own.set(score, "running")
     with logs.working_for("score", score.name, score.folder.parent.name), Progress("score", 120, "images", score.folder) as progress:
         progress.advance(48)  # at once, so that it is not written by itself
-        own.stop(all_of_it=True)
+        own.ends(Stopped())
         (stage,) = [stage for stage in read(plan.folder)["stages"] if stage["stage"] == "score"]
     assert (stage["state"], stage["done"], stage["total"]) == ("stopped", 48, 120)
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import ray
 from ray._private import auto_init_hook, ray_constants, services
+from ray._private import worker as ray_worker
 
 from d2c_ray import logs
 from d2c_ray.config import ResourcesConfig
@@ -156,9 +157,33 @@ def answers(host: str, port: int) -> str:
 
 
 def disconnect() -> None:
-    """Ends the local Ray, or lets go of the cluster."""
+    """Ends the local Ray, or lets go of the cluster; threads that are still at work with it find it gone."""
+    worker = ray_worker.global_worker
+    if worker.mode == ray.SCRIPT_MODE and hasattr(worker, "core_worker"):
+        worker.core_worker = _Leaving(worker.core_worker)
     ray.shutdown()
     telemetry.forget()
+
+
+class _Leaving:
+    """Stands in for Ray's core worker, and is gone as soon as that begins to end.
+
+    Ray ends its C++ core worker first and takes the name away from threads later. What a thread asks of it in between ends the process
+    with `_exit(1)`: no error is said, no `finally` is run. Dropping the last reference to an object is enough, as threads of Ray Data
+    do that outlive the iterator they read for.
+    """
+
+    def __init__(self, core_worker: Any):
+        self._core_worker = core_worker
+
+    def shutdown_driver(self) -> None:
+        core_worker, self._core_worker = self._core_worker, None
+        core_worker.shutdown_driver()
+
+    def __getattr__(self, name: str) -> Any:
+        if self._core_worker is None:
+            raise AttributeError(f"{name}: Ray is being taken away from this process")
+        return getattr(self._core_worker, name)
 
 
 def at_hand(local: bool = False) -> Cluster:
