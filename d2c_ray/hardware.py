@@ -193,10 +193,13 @@ def _actors(cluster: Cluster, nodes: list[tuple[float, float]], resources: Resou
         return Lack(what, f"{actors} places of 1 CPU and {each:g} GPU", f"{held}", would, refusal)
     if actors > held or decode_cpus(nodes, actors, each) < 1:
         more = f"resources.num_cpus={actors + 1}"
-        logical = "" if resources.address else f", or more logical CPUs ({more}),"  # which a local Ray alone takes
+        if fit:  # logical CPUs a local Ray alone takes
+            way = f"resources.actors={fit}" if resources.address else f"resources.actors={fit}, or more logical CPUs ({more}),"
+        else:
+            way = f"A cluster with {actors + 1} CPUs" if resources.address else f"More logical CPUs ({more})"
         refusal = (
-            f"{actors} actors of one CPU and one free CPU for decoding want {actors + 1} CPUs; Ray has {cpus:g} ({_listed(nodes)}). "
-            f"resources.actors={max(1, int(cpus) - 1)}{logical} would do. {GROWS}"
+            f"{actors} actor{'s' if actors > 1 else ''} of one CPU and one free CPU for decoding want {actors + 1} CPUs; Ray has {cpus:g} ({_listed(nodes)}). "
+            f"{way} would do. {GROWS}"
         )
         return Lack(
             what, f"{actors + 1} CPUs, one of them to decode on", f"{cpus:g}", would or ((more,) if cluster.how == HERE else ()), refusal
