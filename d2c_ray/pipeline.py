@@ -419,10 +419,8 @@ class Status:
         """
         with self._lock:
             self._stopped = True
-            before = {
-                name: value for name, value in self._run.items() if name not in ("error", "to_mend")
-            }  # of an error that this one followed
-            self._run = {**before, **(_failure(error) if isinstance(error, Exception) else {"state": "stopped"})}
+            # One that is stopped after it failed still says why it failed.
+            self._run |= _failure(error) if isinstance(error, Exception) else {"state": "stopped"}
             running = [name for name, said in self._states.items() if said["state"] == "running"]
             self._states |= {name: {"state": "stopped", "at": now()} for name in running}
         self._write_if_possible()

@@ -599,7 +599,44 @@ sys.exit(7)
 def test_a_thread_that_drops_objects_while_ray_ends_does_not_end_the_process() -> None:
     """As Ray Data's do after an error that ended their reader: the run could not say why it failed, nor with which status."""
     done = subprocess.run([sys.executable, "-c", DROPPING], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 7, (done.returncode, done.stdout, done.stderr)
+    assert done.returncode == 7 and "Exception" not in done.stderr, (done.returncode, done.stdout, done.stderr)
+
+
+INTERRUPTED = """
+import sys
+from contextlib import suppress
+import psutil, ray
+from ray._private import worker
+from d2c_ray.config import Config
+from d2c_ray.distributed import cluster
+
+cluster.connect(Config().resources)
+family = psutil.Process().children(recursive=True)
+
+class Interrupted:
+    def __init__(self, core_worker):
+        self.core_worker = core_worker
+
+    def shutdown_driver(self):
+        self.core_worker.shutdown_driver()
+        raise KeyboardInterrupt
+
+    def __getattr__(self, name):
+        return getattr(self.core_worker, name)
+
+worker.global_worker.core_worker = Interrupted(worker.global_worker.core_worker)
+try:
+    cluster.disconnect()
+except KeyboardInterrupt:
+    cluster.disconnect()
+    print("gone", ray.is_initialized(), len(family) > 2, psutil.wait_procs(family, timeout=60)[1])
+    cluster.disconnect()
+"""
+
+
+def test_ray_is_let_go_of_again_after_that_was_interrupted() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["gone False True []"]), (done.returncode, done.stdout, done.stderr)
 
 
 def test_why_a_run_failed_is_written_before_ray_is_let_go_of(debug_config, monkeypatch: pytest.MonkeyPatch) -> None:

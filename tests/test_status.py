@@ -193,6 +193,17 @@ def test_sigterm_stops_a_run_that_then_says_so(debug_config) -> None:
     assert status.lines(found)[0].endswith("); the same command goes on from here"), "it may not come again"
 
 
+def test_a_run_that_is_stopped_after_it_failed_says_why_it_failed(debug_config) -> None:
+    """While it cleans up, by somebody who lost patience."""
+    plan = make(debug_config())
+    own = pipeline.Status(plan)
+    with pytest.raises(Stopped), own.kept("evaluate"):
+        own.ends(ValueError("the one"))
+        raise Stopped
+    found = read(plan.folder)
+    assert (found["state"], found["error"]) == ("stopped", "ValueError: the one")
+
+
 class Late:
     """Asks the process to end while it is finalised, where Python drops what is raised."""
 

@@ -157,28 +157,33 @@ def answers(host: str, port: int) -> str:
 
 
 def disconnect() -> None:
-    """Ends the local Ray, or lets go of the cluster; threads that are still at work with it find it gone."""
+    """Ends the local Ray, or lets go of the cluster; threads that are still at work with it find it gone. May be called again.
+
+    Ray ends its C++ core worker first and takes it away from threads later. What a thread asks of it in between ends the process with
+    `_exit(1)`: no error is said, no `finally` is run. Dropping the last reference to an object is enough, as threads of Ray Data do
+    that outlive the iterator they read for.
+    """
     worker = ray_worker.global_worker
-    if worker.mode == ray.SCRIPT_MODE and hasattr(worker, "core_worker"):
-        worker.core_worker = _Leaving(worker.core_worker)
+    if worker.mode == ray.SCRIPT_MODE and not isinstance(getattr(worker, "core_worker", None), None | _Leaving):
+        worker.core_worker = _Leaving(worker)
     ray.shutdown()
     telemetry.forget()
 
 
 class _Leaving:
-    """Stands in for Ray's core worker, and is gone as soon as that begins to end.
+    """Stands in for the core worker of a driver until that is ended, before which it takes itself away from threads."""
 
-    Ray ends its C++ core worker first and takes the name away from threads later. What a thread asks of it in between ends the process
-    with `_exit(1)`: no error is said, no `finally` is run. Dropping the last reference to an object is enough, as threads of Ray Data
-    do that outlive the iterator they read for.
-    """
-
-    def __init__(self, core_worker: Any):
-        self._core_worker = core_worker
+    def __init__(self, worker: Any):
+        self._worker, self._core_worker = worker, worker.core_worker
 
     def shutdown_driver(self) -> None:
         core_worker, self._core_worker = self._core_worker, None
-        core_worker.shutdown_driver()
+        del self._worker.core_worker
+        try:
+            if core_worker is not None:  # no earlier call was interrupted
+                core_worker.shutdown_driver()
+        finally:
+            self._worker.core_worker = self  # `ray.shutdown` takes it away next
 
     def __getattr__(self, name: str) -> Any:
         if self._core_worker is None:
