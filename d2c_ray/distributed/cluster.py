@@ -163,7 +163,7 @@ def disconnect() -> None:
     `_exit(1)`: no error is said, no `finally` is run. Dropping the last reference to an object is enough, as threads of Ray Data do
     that outlive the iterator they read for.
     """
-    worker = ray_worker.global_worker
+    worker: Any = ray_worker.global_worker
     if worker.mode == ray.SCRIPT_MODE and not isinstance(getattr(worker, "core_worker", None), None | _Leaving):
         worker.core_worker = _Leaving(worker)
     ray.shutdown()

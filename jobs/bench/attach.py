@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -88,7 +89,7 @@ def plain_write(folder: Path, num_bytes: int) -> float:
     start, written = time.perf_counter(), 0
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         while written < num_bytes:
-            written += file.write(block)
+            written += file.write(block.data)
         os.fsync(file.fileno())
     return (time.perf_counter() - start) / written * 1e9
 
@@ -119,7 +120,8 @@ def peak_over(work: Callable[[], object]) -> int:
 
 def alternating(ways: dict[str, Callable[[np.ndarray, np.ndarray], object]], images: int, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each way, in turns, each time for other rows."""
-    rng, taken = np.random.default_rng(1), {name: [] for name in ways}  # type: dict[str, list[float]]
+    rng = np.random.default_rng(1)
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             rows, flipped = rng.integers(0, images, BATCH), rng.integers(0, FLIPS, BATCH)
@@ -205,8 +207,9 @@ def bench_passes(root: Path, quick: bool) -> dict:
         path = root / "source" / "photographs" / f"{index:04d}.jpg"
         photographs[index % 2].crop((left, top, left + 500, top + 375)).save(path, quality=90)
     torch.manual_seed(0)
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    AutoencoderKL(block_out_channels=(16,) * 4, norm_num_groups=4, **kinds).save_pretrained(root / "vae")
+    kinds: Any = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae: Any = AutoencoderKL(block_out_channels=(16,) * 4, norm_num_groups=4, **kinds)
+    vae.save_pretrained(root / "vae")
     config = from_dict(
         {
             "run": {"dir": str(root), "name": "passes"}, "data": {"source": "folder", "path": str(root / "source"), "image_size": 256},
@@ -219,13 +222,14 @@ def bench_passes(root: Path, quick: bool) -> dict:
     passes = {"all": (config, encoders), "latents": (config, {}), **{name: (without, {name: own}) for name, own in encoders.items()}}
     taken: dict[str, list[float]] = {name: [] for name in passes}
     cluster.connect(config.resources)
+    silent: Any = Silent()
     for turn in range(turns + 1):  # the first warms workers and the page cache
         for name, (own, vision) in passes.items():
             out = root / f"{name}-{turn}"
             out.mkdir()
             start = time.perf_counter()
             distributed.attach(
-                own, vision, manifest.dir.parts(), 16, out, cluster.share(own.resources, 1), Rejects("attach", count, 0.0), Silent(), 24, keep_images=True
+                own, vision, manifest.dir.parts(), 16, out, cluster.share(own.resources, 1), Rejects("attach", count, 0.0), silent, 24, keep_images=True
             )  # fmt: skip
             if turn:
                 taken[name].append(time.perf_counter() - start)

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -166,8 +167,8 @@ def main() -> None:
         for inner in ("bytes", "files"):
             each = slope("disk", name, inner)
             print(f"{name:<10} {small['disk'][name][inner]:>14,} {large['disk'][name][inner]:>14,} {each:>14,.1f} {inner}")
-    slopes = {key: {name: slope(key, name) for name in PARTS} for key in ("seconds", "mib")}
-    slopes["disk"] = {name: {inner: slope("disk", name, inner) for inner in ("bytes", "files")} for name in DISKS}  # type: ignore[assignment]
+    slopes: dict[str, Any] = {key: {name: slope(key, name) for name in PARTS} for key in ("seconds", "mib")}
+    slopes["disk"] = {name: {inner: slope("disk", name, inner) for inner in ("bytes", "files")} for name in DISKS}
     versions = {name: version(name) for name in ("numpy", "pyarrow", "ray")}
     print(
         json.dumps({"quick": arguments.quick, "cores": len(os.sched_getaffinity(0)), **versions, "sizes": found, "a_million_more": slopes})

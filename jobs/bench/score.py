@@ -29,6 +29,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -52,7 +53,7 @@ from d2c_ray.stages.score import summarise
 
 SIZE, STEPS = 64, 8  # pixels a side; noise levels
 DRIVER_ROWS_PER_TASK = 1024  # an actor that computes nothing is served by the driver alone
-SILENT = SimpleNamespace(advance=lambda *_: None, at=lambda *_: None, done=0)
+SILENT: Any = SimpleNamespace(advance=lambda *_: None, at=lambda *_: None, done=0)
 TIMED_CORE, OTHER_CORE = max(os.sched_getaffinity(0)), min(os.sched_getaffinity(0))
 
 
@@ -162,7 +163,7 @@ def bench_pool(root: Path, quick: bool) -> dict:
 
     bare(1)
     before = bare(3 if quick else 8)
-    scoring.Scorer = PinnedScorer  # type: ignore[misc]
+    scoring.Scorer = PinnedScorer  # type: ignore[misc,assignment]
     clocks: list[dict] = []
     first: list[float] = []
 
@@ -231,13 +232,13 @@ def bench_precision(root: Path, quick: bool) -> dict:
     }  # fmt: skip
 
 
-def dying(units: int):  # type: ignore[no-untyped-def]
+def dying(units: int) -> Any:
     """A ledger's `add` that ends the run after so many units, as if it had been killed there."""
     add, left = Ledger.add, iter(range(units))
 
-    def call(self, *arguments: object) -> None:  # type: ignore[no-untyped-def]
+    def call(self: Any, *arguments: Any) -> None:
         next(left)
-        add(self, *arguments)  # type: ignore[arg-type]
+        add(self, *arguments)
 
     return call
 
@@ -288,7 +289,7 @@ def bench_decode(root: Path, quick: bool) -> dict:
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     repeats = 20 if quick else 60
 
-    def timed(work, contents: list[bytes]) -> float:  # type: ignore[no-untyped-def]
+    def timed(work: Any, contents: list[bytes]) -> float:
         taken = []
         for _ in range(3):
             start = time.perf_counter()
@@ -381,7 +382,7 @@ class NoScorer:
         return ingest.pack(unit, result.replace_schema_metadata(metadata))
 
 
-def rows_alone(batch: pa.Table, **_: object):  # type: ignore[no-untyped-def]
+def rows_alone(batch: pa.Table, **_: object) -> Any:
     """Stands for reading and decoding: the manifest's rows and no images."""
     (task,) = batch.column("units").to_pylist()
     for unit in json.loads(task):
@@ -416,12 +417,12 @@ def drive(folder: Path, rows: int) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     cluster.connect(config.resources)
     scoring.Scorer, ingest._decode = NoScorer, rows_alone  # type: ignore[assignment,misc]
-    start = time.perf_counter()
+    began = time.perf_counter()
     scoring.score(
         config, sorted(folder.glob("part-*.parquet")), "", "sit", [], (1, 1, 1), folder / "out", cluster.Share(1, 0, DRIVER_ROWS_PER_TASK, 1),
         Rejects("score", rows, 0), SILENT, {},
     )  # fmt: skip
-    scored = time.perf_counter() - start
+    scored = time.perf_counter() - began
     found, summary = summarise(sorted((folder / "out").glob("part-*.parquet")), np.linspace(0, 1, 16), "sit")
     assert found == rows and summary["rank_stability"] is not None
     status = Path("/proc/self/status").read_text()

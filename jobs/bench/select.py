@@ -246,7 +246,7 @@ def bench_gadc(_: Path, quick: bool) -> dict[str, Any]:
     found |= {"gadc_speedup": min(speedups, default=None), "gadc_objective_ratio": max(ratios, default=None)}
     found["gadc_speedup_same_run"] = min(same)
     for count in (50, 100):
-        _, facts = transport.gadc(y, ce, count, OPTIONS)
+        facts = transport.gadc(y, ce, count, OPTIONS)[1]
         found |= {f"gadc_{count}_seconds": facts["seconds"], f"gadc_{count}_objective": facts["objective"]}
         found |= {
             f"gadc_{count}_gain_over_greedy": 1 - facts["objective"] / facts["greedy_objective"],
@@ -256,7 +256,8 @@ def bench_gadc(_: Path, quick: bool) -> dict[str, Any]:
 
 
 def plain_herding(y: np.ndarray, count: int) -> list[int]:
-    mean, total, rows = y.mean(0), np.zeros_like(y[0]), []
+    mean, total = y.mean(0), np.zeros_like(y[0])
+    rows: list[int] = []
     for k in range(1, count + 1):
         gaps = np.linalg.norm(mean - (total + y) / k, axis=1)
         gaps[rows] = np.inf
@@ -280,7 +281,7 @@ def bench_geometry(_: Path, quick: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, ours, plain in (("herding", herding, plain_herding), ("kcenter", k_center, plain_k_center)):
         seconds = []
-        for _ in range(RUNS):
+        for _run in range(RUNS):
             started = time.perf_counter()
             rows = ours(y, 100)
             seconds.append(time.perf_counter() - started)

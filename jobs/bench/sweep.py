@@ -49,9 +49,8 @@ def prepared(root: Path, sweep: list[str]) -> dict[str, Path]:
     made = sweeps.make(load(ROOT / CONFIG, [*SMALL, *sweep, f"run.dir={folder}"]))
     status = pipeline.Status(made.plan, record=False)
     pipeline.run_all(made.plan.of("manifest"), 1, status, lambda text: None)
-    slots = pipeline.connect(made.config, [])
-    sweeps.share(made, slots, status, lambda text: None)
-    pipeline.disconnect()
+    with pipeline.connected(made.config, [], status, lambda text: None) as slots:
+        sweeps.share(made, slots, status, lambda text: None)
     folders = {name: root / name for name in ("sweep", "one", "hand")}
     for other in list(folders.values())[1:]:
         shutil.copytree(folder, other)

@@ -280,10 +280,11 @@ def vae_on_the_fly(device: torch.device, images: int) -> dict[str, Any]:
     """Seconds that encoding a batch's images takes where latents are not kept: Stable Diffusion's VAE, random weights."""
     from diffusers import AutoencoderKL
 
-    network = AutoencoderKL(
+    network: Any = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2, latent_channels=4,
-    ).to(device)  # fmt: skip
+    )  # fmt: skip
+    network.to(device)
     side = spec(device).input_size * 8
     pixels = torch.randn(images, 3, side, side, device=device)
     seconds = []
