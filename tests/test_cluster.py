@@ -74,7 +74,7 @@ EVERY = [*OVERLAYS, *(f"{name}-queued" for name in JOBS)]
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, whose kustomize this is held against, is not installed")
-@pytest.mark.parametrize("name", [*OVERLAYS, "storage", "queued"])
+@pytest.mark.parametrize("name", [*OVERLAYS, "storage", "queue", "queued"])
 def test_the_renderer_does_what_kustomize_does(name: str, tmp_path: Path) -> None:
     folder = queued(tmp_path / "queued") / "train" if name == "queued" else CLUSTER / name
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=True)
@@ -115,8 +115,8 @@ def test_the_renderer_refuses_what_it_does_not_do(old: str, new: str, tmp_path: 
         ("0.1.0-ray2.60.0", "0.2.0-ray2.60.0", OVERLAYS),
         ("bucket=my-bucket", "bucket=their-bucket", JOBS),
         ("gpu=h100", "gpu=h200", OVERLAYS),
-        ("namespace: d2c", "namespace: their-own", (*OVERLAYS, "storage")),
-        ("queue=d2c", "queue=their-queue", JOBS),
+        ("namespace: d2c", "namespace: their-own", (*OVERLAYS, "storage", "queue")),
+        ("queue=d2c", "queue=their-queue", (*JOBS, "queue")),
         ("gpu_label=karpenter.k8s.aws/instance-gpu-name", "gpu_label=cloud.google.com/gke-accelerator", OVERLAYS),
         ("spot_label=karpenter.sh/capacity-type", "spot_label=eks.amazonaws.com/capacityType", OVERLAYS),
         ("spot=spot", "spot=SPOT", OVERLAYS),
@@ -170,6 +170,8 @@ def swapped(node: Any, was: str, now: str, key: str, parent: str = "") -> Any:
     if isinstance(node, dict):
         if node.get("name") == "D2C_BUCKET" and key == "bucket":
             return {**node, "value": now}
+        if node.get("kind") == "LocalQueue" and key == "queue":
+            return {**node, "metadata": {**node["metadata"], "name": now}}
         return {name: swapped(value, was, now, key, name) for name, value in node.items()}
     if isinstance(node, list):
         return [swapped(each, was, now, key, parent) for each in node]
@@ -856,7 +858,8 @@ def test_the_commands_help_submits_what_a_cluster_without_packages_of_weights_ca
 
 def test_the_queue_has_room_for_every_job(rendered: dict[str, Manifest]) -> None:
     """Kueue admits no job that asks for a resource its queue does not cover, or for more than its quota."""
-    flavor, cluster_queue, local = yaml.load_all((CLUSTER / "kueue" / "queue.yaml").read_text(), kustomize.LOADER)
+    flavor, cluster_queue = yaml.load_all((CLUSTER / "kueue" / "queue.yaml").read_text(), kustomize.LOADER)
+    (local,) = kustomize.render(CLUSTER / "queue")
     (group,) = cluster_queue["spec"]["resourceGroups"]
     (given,) = group["flavors"]
     assert given["name"] == flavor["metadata"]["name"] and local["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
