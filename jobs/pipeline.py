@@ -4,8 +4,8 @@
     ray job submit --working-dir . -- python jobs/pipeline.py score configs/quickstart.yaml resources.address=auto run.dir=/shared/runs
 
 The same words as behind `d2c`; a configuration alone is run from end to end. The run folder (run.dir) must lie on storage that every
-node sees, by an absolute path. The upload leaves out what .gitignore names, and must stay below 512 MiB. `d2c submit` gives the same job,
-looks at all of this beforehand, and exits as the job did.
+node sees, by an absolute path. The upload leaves out what .gitignore and .rayignore name, and must stay below 512 MiB. `d2c submit`
+gives the same job, looks at all of this beforehand, and exits as the job did.
 """
 
 import sys

@@ -803,6 +803,9 @@ def test_what_is_private_in_a_folder_is_not_uploaded(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     assert sorted(submit.uploaded(tmp_path, [*submit.EXCLUDES])) == ["config.yaml", "id_map.py", "my.yaml", "package/keys.py"]
+    shutil.copy(ROOT / ".rayignore", tmp_path)  # which `ray job submit` reads
+    assert sorted(submit.uploaded(tmp_path, [])) == [".rayignore", "config.yaml", "id_map.py", "my.yaml", "package/keys.py"]
+    assert tuple((ROOT / ".rayignore").read_text().splitlines()[1:]) == submit.EXCLUDES
 
 
 def test_no_home_folder_is_uploaded_and_no_credential_sent_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
