@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -99,18 +99,24 @@ def _run_with(plan: Plan, upto: str, say: Say, record: bool, status: "Status") -
     if record:
         write_text(plan.folder / "config.yaml", to_yaml(config))
     (manifest,) = plan.of("manifest")
-    run_all([manifest], 1, status, say)
-    if upto == "manifest":
-        return plan
-    plans.check_against_data(plan, manifest.dir.success()["facts"])
     wanted = [node for node in plan.needed(upto if upto in plans.STAGES else "evaluate") if node is not manifest]
-    rows = manifest.dir.success()["facts"]["rows"]
-    on_ray = any(_on_ray(node, rows) and not node.dir.done for node in wanted)
     attaching = [node.config for node in wanted if node.stage == "attach" and not node.dir.done]
-    with connected(config, attaching, status, say) if on_ray else nullcontext(1) as slots:
-        if on_ray:
+    slots: int | None = None
+    with ExitStack() as ray:
+        # A cluster from the start: it shows how far the manifest is, and whether it answers at all and has room is known before hours
+        # of it. A Ray of one's own would only take memory from it.
+        if config.resources.address and upto != "manifest" and any(node.stage in ON_RAY and not node.dir.done for node in wanted):
+            slots = ray.enter_context(connected(config, attaching, status, say))
+        run_all([manifest], 1, status, say)
+        if upto == "manifest":
+            return plan
+        facts = manifest.dir.success()["facts"]
+        plans.check_against_data(plan, facts)
+        if slots is None and any(_on_ray(node, facts["rows"]) and not node.dir.done for node in wanted):
+            slots = ray.enter_context(connected(config, attaching, status, say))
+        if slots is not None:
             status.plan(wanted, slots)
-        run_all(wanted, slots, status, say)
+        run_all(wanted, 1 if slots is None else slots, status, say)
     if upto == "report":
         from d2c_ray.stages import report
 

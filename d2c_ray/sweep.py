@@ -18,7 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -150,12 +150,18 @@ def _run(sweep: Sweep, say: Say) -> None:
 
 def _run_with(sweep: Sweep, status: pipeline.Status, say: Say) -> None:
     config = sweep.config
-    _list(sweep, status, say)
-    if sweep.trials and all(_finished(sweep, trial) for trial in sweep.trials):
-        say(f"all {len(sweep.trials)} trials are finished")
-        return
     attaching = [node.config for node in sweep.plan.of("attach") if not node.dir.done]
-    with pipeline.connected(config, attaching, status, say, dashboard=True) as slots:
+    listed = all(manifest.dir.done for manifest in sweep.plan.of("manifest"))
+    connected, slots = pipeline.connected(config, attaching, status, say, dashboard=True), None
+    with ExitStack() as ray:
+        if config.resources.address and not listed:  # from the start, as for a run
+            slots = ray.enter_context(connected)
+        _list(sweep, status, say)
+        if sweep.trials and all(_finished(sweep, trial) for trial in sweep.trials):
+            say(f"all {len(sweep.trials)} trials are finished")
+            return
+        if slots is None:
+            slots = ray.enter_context(connected)
         share(sweep, slots, status, say)
         _try(sweep, slots, say)
 

@@ -27,10 +27,12 @@ from d2c_ray.config import load
 from d2c_ray.distributed import cluster, embed, look, pool, telemetry
 from d2c_ray.distributed import score as scoring
 from d2c_ray.distributed.actors import Embedder, Sampler, Scorer
+from d2c_ray.job import Job
 from d2c_ray.progress import Progress, rewrite
 from d2c_ray.rejects import Rejects
 from d2c_ray.repeating import repeating
 from d2c_ray.report import gather, html, outcomes
+from d2c_ray.stages import teacher
 from d2c_ray.watch import Facts, Operator, Worker, explain
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray at a time
@@ -207,6 +209,28 @@ def test_the_numbers_are_read_back_from_every_stage(run: Run) -> None:
         assert value > 0, name
     (folder,) = {value for _, own in run.numbers for key, value in own if key == "folder" and ("stage", "score") in own}
     assert (run.folder / folder / "_SUCCESS.json").is_file(), "the tag names the stage's folder"
+
+
+def test_a_manifest_that_is_made_for_a_run_on_a_cluster_is_counted_too(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made before anything needs Ray."""
+
+    def fail(job: Job) -> None:
+        raise ValueError("the teacher is not wanted here")
+
+    monkeypatch.setattr(pipeline, "disconnect", lambda: None)
+    monkeypatch.setattr(teacher, "run", fail)
+    words = [f"run.dir={tmp_path}", "run.name=listed", f"resources.address={ray.get_runtime_context().gcs_address}", "resources.actors=1"]
+    with pytest.raises(ValueError, match="not wanted"):
+        pipeline.run(load(DEBUG, words), "teacher", say=lambda text: None)
+
+    def counted() -> list[float]:
+        found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        with suppress(OSError):
+            read(found)
+        tags = {("run", "listed"), ("stage", "manifest")}
+        return [value for (name, own), value in found.items() if name == "ray_d2c_rows_done" and tags <= own]
+
+    until(lambda: counted() == [1.0])  # files
 
 
 def test_a_sweep_counts_its_trials(run: Run, tmp_path: Path) -> None:
