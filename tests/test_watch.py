@@ -217,6 +217,7 @@ def test_a_manifest_that_is_made_for_a_run_on_a_cluster_is_counted_too(run: Run,
     def fail(job: Job) -> None:
         raise ValueError("the teacher is not wanted here")
 
+    telemetry.forget()  # as a process that has not connected yet
     monkeypatch.setattr(pipeline, "disconnect", lambda: None)
     monkeypatch.setattr(teacher, "run", fail)
     words = [f"run.dir={tmp_path}", "run.name=listed", f"resources.address={ray.get_runtime_context().gcs_address}", "resources.actors=1"]
