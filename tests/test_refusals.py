@@ -20,7 +20,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(config: object) -> int:
         raise AssertionError("a cluster was asked for")
 
-    monkeypatch.setattr(pipeline, "connect", forbidden)
+    monkeypatch.setattr(pipeline, "connected", forbidden)
 
 
 def model_folder(path: Path, classes: int = 10, size: int = 8, names: list[str] | None = None) -> Path:
