@@ -17,7 +17,7 @@ from d2c_ray.rundir import Lock
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(config: object) -> int:
+    def forbidden(*given: object) -> None:
         raise AssertionError("a cluster was asked for")
 
     monkeypatch.setattr(pipeline, "connected", forbidden)
