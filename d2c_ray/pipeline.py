@@ -220,6 +220,7 @@ def _look(folder: Path) -> watch.Facts:
 
 def _make(node: Node, share: int, status: "Status") -> None:
     node.folder.mkdir(parents=True, exist_ok=True)
+    node.dir.clear()
     status.set(node, "running")
     before = node.dir.seconds_so_far()
     started = time.monotonic()

@@ -7,6 +7,7 @@ runs/<name>/  config.yaml  plan.json  status.json
 
 import json
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -53,6 +54,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """As `write_text`, for a value of JSON."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `whole` names it
 
 
 @contextmanager
@@ -120,6 +124,12 @@ class StageDir:
         """Marks the folder as whole. Comes last."""
         write_json(self.path / SUCCESS, record)
         (self.path / PROGRESS).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Removes what killed processes were writing here. While nobody else does."""
+        for folder, _, names in os.walk(self.path):
+            for name in filter(_TEMPORARY.fullmatch, names):
+                Path(folder, name).unlink(missing_ok=True)
 
     def seconds_so_far(self) -> float:
         """Seconds that earlier, interrupted attempts spent here, as far as they could say."""

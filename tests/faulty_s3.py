@@ -60,6 +60,22 @@ class S3Server:
             self._objects.create_bucket(bucket, "us-east-1")
         self._objects.put_object(bucket, key, content)
 
+    def contents(self, bucket: str, prefix: str) -> dict[str, bytes]:
+        """The objects below a prefix, by the rest of their names; not those that only stand for a folder."""
+        keys = self._objects.buckets[bucket].keys
+        return {name.removeprefix(prefix): keys[name].value for name in keys if name.startswith(prefix) and not name.endswith("/")}
+
+    def begin_upload(self, bucket: str, key: str) -> str:
+        """Begins the upload of an object in parts, and leaves it at that; gives the key back."""
+        import boto3
+
+        boto3.client("s3", endpoint_url=self.endpoint).create_multipart_upload(Bucket=bucket, Key=key)
+        return key
+
+    def unfinished(self, bucket: str, prefix: str) -> list[str]:
+        """Names of the objects below a prefix whose upload was begun and is not ended, one an upload."""
+        return [upload.key_name for upload in self._objects.buckets[bucket].multiparts.values() if upload.key_name.startswith(prefix)]
+
 
 def is_object(path: str) -> bool:
     """Whether the path of a GET is an object's, and not a bucket's listing."""
@@ -82,7 +98,9 @@ class FaultyProxy:
     """Passes requests on to an S3 endpoint and spoils answers to GETs of objects, or to requests of other `methods`.
 
     Faults: ok | 503 (SlowDown) | 403 (AccessDenied) | reset (half of the body, then RST) | cut (half of the body, then a
-    normal close) | stall (half of the body, then silence) | trickle (half of the body, then a byte at a time).
+    normal close) | stall (half of the body, then silence) | trickle (half of the body, then a byte at a time) | lost (RST in
+    place of the answer). The body is the answer's; a request that has one of its own (a PUT) is reset, cut and stalled in the
+    middle of that, and then not passed on.
 
     Args:
         endpoint: where the requests go.
@@ -160,11 +178,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         fault = self.owner.fault(self.command, self.path, self.headers.get("Range"))
+        if fault in ("reset", "cut", "stall") and self._sends():
+            self._take_half()
+            if fault == "stall":
+                self.owner._closing.wait(self.owner.stall_sec)  # reads nothing more: whether the client is still there is not seen
+            self._break_off("reset" if fault == "reset" else "cut")
+            return
         sent = self._body()
         if fault in ("503", "403"):
             self._refuse(*(SLOW_DOWN if fault == "503" else ACCESS_DENIED))
             return
         status, headers, content = self._forward(sent)
+        if fault == "lost":
+            self._break_off("reset")
+            return
         self._start(status, headers)
         if self.command == "HEAD":
             return
@@ -172,27 +199,40 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
             return
         half = len(content) // 2
-        self.close_connection = True
         try:
             self.wfile.write(content[:half])
             self.wfile.flush()
-            if fault == "reset":
-                time.sleep(0.02)  # lets the half arrive; a reset discards what lies unread
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.rfile.close()  # holds the socket open
-                self.connection.close()
-            elif fault == "stall":
-                self._wait_for_client(self.owner.stall_sec)
-            elif fault == "trickle":
+            if fault == "trickle":
                 for place in itertools.takewhile(lambda _: not self.owner._closing.is_set(), range(half, len(content))):
                     self.wfile.write(content[place : place + 1])
                     time.sleep(self.owner.trickle_sec)
-            elif fault != "cut":
-                raise ValueError(f"no fault '{fault}'")
         except (BrokenPipeError, ConnectionResetError):
             pass  # the client has given up, as it should
+        self._break_off("cut" if fault == "trickle" else fault)
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def _break_off(self, fault: str) -> None:
+        """Ends the connection in the middle of something."""
+        self.close_connection = True
+        if fault == "reset":
+            time.sleep(0.02)  # lets the half arrive; a reset discards what lies unread
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.rfile.close()  # holds the socket open
+            self.connection.close()
+        elif fault == "stall":
+            self._wait_for_client(self.owner.stall_sec)
+        elif fault != "cut":
+            raise ValueError(f"no fault '{fault}'")
+
+    def _sends(self) -> bool:
+        return "Transfer-Encoding" in self.headers or int(self.headers.get("Content-Length") or 0) > 0
+
+    def _take_half(self) -> None:
+        """Reads half of what is sent, or of its first chunk."""
+        chunked = self.headers.get("Transfer-Encoding") == "chunked"
+        length = int(self.rfile.readline().split(b";")[0], 16) if chunked else int(self.headers["Content-Length"])
+        self.rfile.read(length // 2)
 
     def _body(self) -> bytes | None:
         if self.headers.get("Transfer-Encoding") != "chunked":

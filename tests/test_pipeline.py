@@ -84,6 +84,19 @@ def stamps(folder: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/_SUCCESS.json")}
 
 
+def test_what_a_killed_process_was_writing_goes_when_its_stage_is_made(debug_config) -> None:
+    """It would lie there for ever, in a dataset too, which ships as it is."""
+    config = debug_config()
+    (stage,) = pipeline.plans.make(config, "manifest").of("manifest")
+    stale = [stage.folder / ".part-000000.parquet.k3j_x8a1", stage.folder / "below" / "._SUCCESS.json.abcdefgh"]
+    theirs = [stage.folder / ".hidden", stage.folder / ".DS_Store.old", stage.folder / "below" / "notes.20261128"]
+    for path in (*stale, *theirs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half of it")
+    pipeline.run(config, "manifest", **SILENT)
+    assert stage.dir.done and [path.exists() for path in (*stale, *theirs)] == [False] * 2 + [True] * 3
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder and output of one whole run with two students, through the command line."""

@@ -17,13 +17,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import psutil
 import pytest
 import ray
-import safetensors.torch
 import torch
 import torch.multiprocessing
 from conftest import ROOT
@@ -561,24 +560,64 @@ def whole_states(path: str) -> bool:
     return urlsplit(path).path.endswith(state.STATE)
 
 
-def test_an_upload_that_s3_refuses_for_a_while_is_tried_again(monkeypatch: pytest.MonkeyPatch, server: S3Server) -> None:
+@pytest.mark.drill("S3 with 503s, resets and stalls while checkpoints are written")
+@pytest.mark.parametrize("attempts", [1, 8])
+@pytest.mark.parametrize(
+    ("fault", "count", "parts"),  # as many at first; parts that a state goes in
+    [("503", 2, 2), ("reset", 2, 2), ("lost", 2, 2), ("stall", 1, 1)],
+)
+def test_an_upload_that_s3_fails_for_a_while_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, server: S3Server, tmp_path: Path, drill: Drill, fault: str, count: int, parts: int, attempts: int
+) -> None:
     """Of the same state, though training is further meanwhile; and the next one waits for it."""
     server.put("states", "made", b"")
     monkeypatch.setattr(checkpoints, "PAUSE_SEC", 0.1)
-    reports, weight = Reports(monkeypatch), torch.nn.Linear(2, 2)
-    before = weight.weight.detach().clone()
-    with FaultyProxy(server.endpoint, lambda number, *_: "503" if number < 2 else "ok", whole_states, methods=("PUT",)) as proxy:
-        place = checkpoints.place("s3://states/again/stage", StorageConfig(endpoint=proxy.endpoint, attempts=1))
+    reports, weight = Reports(monkeypatch), torch.nn.Linear(1024, {1: 64, 2: 3000}[parts])
+    folder, wanted = f"{fault}-{attempts}/stage/", {}
+    beside = server.begin_upload("states", f"{fault}-{attempts}/stage-of-others/state.safetensors")
+
+    def kept_too(step: int) -> state.Saver:
+        where = tmp_path / f"checkpoint_{step}"
+        where.mkdir()
+        saver(weight, step)(where)
+        wanted.update({f"checkpoints/{where.name}/{path.name}": path.read_bytes() for path in where.iterdir()})
+        return saver(weight, step)
+
+    def failing(number: int, *_: object) -> str:
+        return fault if number < count else "ok"
+
+    with FaultyProxy(server.endpoint, failing, whole_states, methods=("PUT",), stall_sec=120.0) as proxy:
+        options = StorageConfig(endpoint=proxy.endpoint, attempts=attempts, timeout_sec=1.0)  # of silence; it is noticed some 6 s later
+        place = checkpoints.place(f"s3://states/{folder}", options)
         uploads = checkpoints.Uploads(place, 0, 0, BATCH)
-        uploads(1, saver(weight, 1))
+        uploads(1, kept_too(1))
         with torch.no_grad():
             weight.weight.add_(1.0)
-        uploads(2, saver(weight, 2))
+        uploads(2, kept_too(2))
         reports.join()
-    assert reports.failed == [] and proxy.counts["503"] == 2 and len(reports.reported) == 2
-    for step, value in ((1, before), (2, before + 1)):
-        with place.filesystem.open_input_file(f"{place.path}/checkpoints/checkpoint_{step}/{state.STATE}") as file:
-            assert torch.equal(safetensors.torch.load(file.read())["model.weight"], value)
+        assert bool(server.unfinished("states", folder)) == (attempts == 1), "where requests are not tried again, the whole upload is"
+        checkpoints.tidy(place)
+    assert server.unfinished("states", folder) == [], "parts of what never came to be are stored like anything else"
+    assert server.unfinished("states", beside) == [beside]
+    assert reports.failed == [] and len(reports.reported) == 2
+    assert proxy.counts[fault] == count and set(proxy.counts) == {fault, "ok"}
+    assert all("/checkpoint_1/" in path for path, _ in proxy.gets[:count])
+    found = server.contents("states", folder)
+    assert found == wanted and len(wanted) == 4
+    assert len({path for path, _ in proxy.gets if "/checkpoint_2/" in path}) == parts
+    drill.measured(found, wanted, len(proxy.gets) / (2 * parts) - 1, f"{drill.name}: {fault}, storage.attempts={attempts}")
+
+
+def test_parts_that_s3_does_not_let_go_of_are_said_to_stay(server: S3Server, capsys: pytest.CaptureFixture) -> None:
+    """The training has ended well, and does not fail for them."""
+    server.put("states", "made", b"")
+    key = server.begin_upload("states", "held/stage/checkpoints/checkpoint_1/state.safetensors")
+    with FaultyProxy(server.endpoint, ["403"], lambda path: "uploads" in parse_qs(urlsplit(path).query, True)) as proxy:
+        checkpoints.tidy(checkpoints.place("s3://states/held/stage", StorageConfig(endpoint=proxy.endpoint)))
+        assert proxy.counts == {"403": 1}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("d2c: uploads below 's3://states/held/stage' that were cut off, if there are any, stay stored; ")
+    assert "AccessDenied" in line and server.unfinished("states", "held/") == [key]
 
 
 def test_an_upload_that_fails_for_good_says_why_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, server: S3Server) -> None:

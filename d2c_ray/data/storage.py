@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from random import SystemRandom
@@ -191,6 +192,20 @@ def open_file(uri: str, storage: StorageConfig) -> Any:
     return pa.OSFile(os.fspath(uri))
 
 
+def forget_unfinished(root: str, storage: StorageConfig) -> None:
+    """Ends the uploads of objects below an S3 folder that were begun and cut off: their parts are in no listing and cost as much as any object.
+
+    While nobody writes there. A thousand at most.
+    """
+    bucket, key = _split(root)
+    prefix = _folder(key)
+    found = _tried(root, PAGE_BYTES, storage, lambda client: client.list_multipart_uploads(Bucket=bucket, Prefix=prefix))
+    for upload in found.get("Uploads", []):
+        if upload["Key"].startswith(prefix):  # not every compatible service goes by the prefix
+            with suppress(FileNotFoundError):  # ended by an earlier try, whose answer was lost
+                _tried(root, PAGE_BYTES, storage, partial(_end_upload, bucket, upload))
+
+
 class _S3File(io.RawIOBase):
     """An object as a file. Small reads ask for AHEAD_BYTES and are served from there."""
 
@@ -366,6 +381,10 @@ def _get(uri: str, offset: int, length: int, storage: StorageConfig) -> tuple[by
         return bytes(content), total
 
     return _tried(uri, length, storage, once)
+
+
+def _end_upload(bucket: str, upload: dict[str, Any], client: Any) -> None:
+    client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
 
 def _page(uri: str, storage: StorageConfig, **query: Any) -> dict[str, Any]:

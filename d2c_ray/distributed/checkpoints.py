@@ -16,7 +16,7 @@ import traceback
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Place:
 
     path: str  # on `filesystem`
     filesystem: fs.FileSystem
+    options: StorageConfig = field(default_factory=StorageConfig)  # that `filesystem` was made with
 
     @property
     def local(self) -> Path | None:
@@ -71,7 +72,7 @@ def where(root: str, stage: Path) -> str:
 def place(where: str, options: StorageConfig) -> Place:
     """The folder `where` on its file system."""
     if storage.is_remote(where):
-        return Place(where.removeprefix(storage.S3).rstrip("/"), _s3(options))
+        return Place(where.removeprefix(storage.S3).rstrip("/"), _s3(options), options)
     return Place(where, fs.LocalFileSystem())
 
 
@@ -181,12 +182,29 @@ def newest(place: Place) -> str:
 
 
 def tidy(place: Place) -> None:
-    """Removes checkpoints that no index names: those on their way when a worker or the driver was killed. While nobody writes."""
+    """Removes what was on its way when a worker or the driver was killed, or S3 failed: checkpoints that no index names, and parts of uploads.
+
+    While nobody writes.
+    """
     named = {result["checkpoint_dir_name"] for result in index(place).get("checkpoint_results", [])}
     for entry in place.filesystem.get_file_info(fs.FileSelector(f"{place.path}/{NAME}")) if named else []:
         if entry.type == fs.FileType.Directory and entry.base_name.startswith("checkpoint_") and entry.base_name not in named:
             with suppress(OSError):
                 place.filesystem.delete_dir(entry.path)
+    if place.local is None:
+        _forget_unfinished(place)
+
+
+def _forget_unfinished(place: Place) -> None:
+    """Has S3 forget the parts of what never came to be. If it does not, they stay, and training has ended all the same."""
+    where = f"{storage.S3}{place.path}"
+    try:
+        storage.forget_unfinished(where, place.options)
+    except (UserError, OSError) as error:
+        logs.say(
+            f"uploads below '{where}' that were cut off, if there are any, stay stored; a lifecycle rule of the bucket can end them: {error}",
+            "warning",
+        )
 
 
 class Uploads:

@@ -46,6 +46,7 @@ def main() -> None:
 
     # Before the modules that use them import them.
     actors.Scorer, actors.Attacher = noted_batch(actors.Scorer), noted_batch(actors.Attacher)  # type: ignore[misc]
+    actors.FeatureExtractor = noted_batch(actors.FeatureExtractor)  # type: ignore[misc]
     actors.Sampler, actors.Embedder = noted_run(actors.Sampler), noted_run(actors.Embedder)  # type: ignore[misc]
 
     from d2c_ray import cli, pipeline
