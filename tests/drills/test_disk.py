@@ -69,6 +69,6 @@ def test_a_disk_that_fills_up_in_three_stages_costs_nothing_that_was_finished(tm
     finish(start("run", str(DEBUG), f"run.dir={undisturbed.parent}", *SETTINGS))
     folder = tmp_path / "out" / "disk" / "debug"
     same(folder, undisturbed)
-    for stage, attempt in zip(("scores", "condensed", "train"), full, strict=True):
-        there = sum(f"/{stage}-" in name and "part-" in name for name in attempt["before"])
+    for stage, name, attempt in zip(("score", "attach", "train"), ("scores", "condensed", "train"), full, strict=True):
+        there = sum(f"/{name}-" in path and "part-" in path for path in attempt["before"])
         drill.measured(rows(folder, stage), rows(undisturbed, stage), None, f"disk full: {stage}, {there} parts were there")
